@@ -1,0 +1,1 @@
+"""Thin adapters between Lightning hooks and the classes of ``lightning_dp``."""

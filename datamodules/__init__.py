@@ -1,0 +1,1 @@
+"""Data modules: verified files, teacher partitions, fetching."""

@@ -1,0 +1,17 @@
+"""The errors a caller may want to tell apart; the command line prints the first three as one line, exit code 2."""
+
+
+class ConfigurationError(ValueError):
+    """A setting that cannot work: the message says what was expected, what was given, and how to mend it."""
+
+
+class DataError(ConfigurationError):
+    """A data file that is missing, truncated, corrupt or of the wrong shape."""
+
+
+class LedgerError(ConfigurationError):
+    """A privacy ledger that cannot be trusted: unreadable, altered, or in use by another process."""
+
+
+class PrivacyProtocolError(RuntimeError):
+    """The release protocol was broken: no privatizer, two releases, an unreleased gradient, or a crossed budget."""

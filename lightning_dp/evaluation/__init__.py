@@ -1,0 +1,1 @@
+"""Fidelity and utility of released samples, and the reports made of them."""

@@ -1,0 +1,1 @@
+"""Where private rows come from: teacher ensembles and per-record gradients."""

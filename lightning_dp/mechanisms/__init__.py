@@ -1,0 +1,1 @@
+"""Mechanisms: rows of private contributions in, one safe release out."""

@@ -1,0 +1,1 @@
+"""One LightningModule file per method family; ``base.py`` holds the release seam."""

@@ -1,0 +1,1 @@
+"""Plain networks: generators, discriminators, classifiers."""
