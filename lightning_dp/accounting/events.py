@@ -1,0 +1,362 @@
+"""What one release costs, as plain frozen numbers.
+
+An event describes the worst case over all data: it holds no tensor and depends on no record, so it may be computed,
+written to the ledger and published before the noise is drawn.
+
+Symbols: ``noise_std`` is the absolute standard deviation of the noise, ``l2_sensitivity`` the largest L2 move of the
+noiseless value between two neighbours *under the stated neighbouring relation*; their quotient is the
+``noise_multiplier``, and ``mu = 1 / noise_multiplier`` is the parameter of Gaussian differential privacy.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from operator import index
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeAlias, get_args
+
+from dp_accounting import NeighboringRelation
+
+from lightning_dp.errors import ConfigurationError
+
+RELATION_NAMES: tuple[str, ...] = ("add_or_remove_one", "replace_one", "replace_special")
+"""The neighbouring relations, in the spelling of configuration files; `replace_special` is a record made null."""
+
+SamplingScheme: TypeAlias = Literal["full", "poisson"]
+
+
+def parse_relation(relation: str | NeighboringRelation) -> NeighboringRelation:
+    """Return dp_accounting's enum member for a relation given by name or already as the enum.
+
+    Args:
+        relation: One of `RELATION_NAMES`, or a member of ``dp_accounting.NeighboringRelation``.
+
+    Returns:
+        The enum member.
+
+    Raises:
+        ConfigurationError: The name is unknown; the message lists the choices.
+    """
+    if isinstance(relation, NeighboringRelation):
+        return relation
+    if isinstance(relation, str) and relation in RELATION_NAMES:
+        return NeighboringRelation[relation.upper()]
+    raise ConfigurationError(
+        f"Expected neighboring_relation to be one of {', '.join(RELATION_NAMES)}, "
+        f"got neighboring_relation={relation!r}."
+    )
+
+
+def relation_name(relation: NeighboringRelation) -> str:
+    """Return the name of a relation as `parse_relation` reads it.
+
+    Args:
+        relation: A member of ``dp_accounting.NeighboringRelation``.
+
+    Returns:
+        One of `RELATION_NAMES`.
+    """
+    return str(relation.name).lower()
+
+
+def _positive_float(owner: str, name: str, value: Any) -> float:
+    """Return value as a Python float, refusing whatever an accountant would silently misread.
+
+    The cast matters: dp-accounting drops events whose noise multiplier is an int or a numpy scalar inside a sampled
+    composition, and its RDP accountant answers 0 for NaN noise.
+    """
+    try:
+        number = float(value) if not isinstance(value, (bool, str, bytes)) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0.0):
+        raise ConfigurationError(
+            f"Expected a finite {owner}.{name} > 0, got {name}={value!r}. "
+            "A release without noise is NonPrivateRelease(); nothing released is no event."
+        )
+    return number
+
+
+def _count(owner: str, name: str, value: SupportsIndex, minimum: int) -> int:
+    """Return value as an int of at least minimum; floats and booleans are refused."""
+    try:
+        number = index(value) if not isinstance(value, bool) else minimum - 1
+    except TypeError:
+        number = minimum - 1
+    if number < minimum:
+        raise ConfigurationError(f"Expected {owner}.{name} to be an integer >= {minimum}, got {name}={value!r}.")
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Base of the events: turns them into JSON-able dictionaries and back, refusing what it does not know."""
+
+    kind: ClassVar[str] = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dictionary: the `kind` tag and every field.
+
+        Returns:
+            The dictionary; `event_from_dict` inverts it exactly (floats keep every bit through JSON).
+        """
+        return {"kind": self.kind} | {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild an event of this class.
+
+        Args:
+            data: What `to_dict` returned.
+
+        Returns:
+            The event.
+
+        Raises:
+            ConfigurationError: Unknown kind, another class's kind, an unknown or missing field, or an invalid value.
+        """
+        event = event_from_dict(data)
+        if not isinstance(event, cls):
+            raise ConfigurationError(f"Expected an event of kind {cls.kind!r}, got kind={event.kind!r}.")
+        return event
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianRelease(Release):
+    """Gaussian noise of a fixed standard deviation on a value of bounded L2 sensitivity.
+
+    Guarantee: exactly mu-GDP with mu = l2_sensitivity / noise_std when every record takes part.
+
+    Args:
+        noise_std: Standard deviation of the noise per coordinate, > 0, in units of the value.
+        l2_sensitivity: L2 sensitivity, > 0, same units, already for the stated relation (2C for a sum of rows clipped
+            to C under replace-one).
+
+    Raises:
+        ConfigurationError: A value is NaN, infinite, zero, negative or not a number.
+
+    Example:
+        >>> GaussianRelease(noise_std=2, l2_sensitivity=1).noise_multiplier
+        2.0
+    """
+
+    kind: ClassVar[str] = "gaussian"
+    noise_std: float
+    l2_sensitivity: float
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        for name in ("noise_std", "l2_sensitivity"):
+            object.__setattr__(self, name, _positive_float(owner, name, getattr(self, name)))
+        # the quotient of two valid floats can still overflow or vanish
+        _positive_float(owner, "noise_multiplier", self.noise_std / self.l2_sensitivity)
+        _positive_float(owner, "mu", self.l2_sensitivity / self.noise_std)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Noise standard deviation over L2 sensitivity, dimensionless."""
+        return self.noise_std / self.l2_sensitivity
+
+    @property
+    def mu(self) -> float:
+        """Parameter of Gaussian differential privacy of one unsampled release."""
+        return self.l2_sensitivity / self.noise_std
+
+
+@dataclass(frozen=True, kw_only=True)
+class TernaryRelease(GaussianRelease):
+    """Noisy integer votes of which only above, between or below two thresholds leaves.
+
+    Guarantee: post-processing of the Gaussian with the same noise and sensitivity, and strictly better in Renyi
+    divergence: per coordinate the released symbol is a three-outcome channel of the vote. Valid only if nothing but
+    the ternary vector leaves the aggregator (no noisy vote, no raw statistic).
+
+    Args:
+        noise_std: Standard deviation of the noise on each vote, > 0, in votes.
+        l2_sensitivity: L2 sensitivity of the vote vector for the stated relation, in votes.
+        threshold: Distance of both thresholds from zero, >= 0, in votes (beta * num_teachers).
+        max_abs_vote: Largest possible absolute vote of a coordinate, >= 1 (the number of teachers).
+        changes: Alternatives of what a neighbour can do at most: (coordinates moved by 2, coordinates moved by 1).
+            For k signs per teacher: ``((k, 0), (0, 2 * k))``; mixtures lie between and need not be listed.
+
+    Raises:
+        ConfigurationError: A value is not finite or out of range, a change exceeds the possible votes, or
+            `l2_sensitivity` is not the largest L2 norm of the listed changes.
+
+    References:
+        Wang et al. (2021) "DataLens", Algorithm 2 (thresholded aggregation).
+    """
+
+    kind: ClassVar[str] = "ternary"
+    threshold: float
+    max_abs_vote: int
+    changes: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold != 0 or isinstance(self.threshold, bool):
+            object.__setattr__(self, "threshold", _positive_float("TernaryRelease", "threshold", self.threshold))
+        else:
+            object.__setattr__(self, "threshold", 0.0)
+        object.__setattr__(self, "max_abs_vote", _count("TernaryRelease", "max_abs_vote", self.max_abs_vote, 1))
+        object.__setattr__(self, "changes", _parse_changes(self.changes))
+        implied = math.sqrt(max(4 * by_two + by_one for by_two, by_one in self.changes))
+        # Changes that explain less than the declared sensitivity would make the Renyi curve too small.
+        if not math.isclose(implied, self.l2_sensitivity, rel_tol=1e-6):
+            raise ConfigurationError(
+                f"Expected TernaryRelease.l2_sensitivity to be the largest L2 norm of changes={self.changes}, which is "
+                f"{implied!r}, got l2_sensitivity={self.l2_sensitivity!r}. State both for the same relation, in votes."
+            )
+
+
+def _parse_changes(changes: Any) -> tuple[tuple[int, int], ...]:
+    """Return the alternatives as a tuple of integer pairs, none of them empty."""
+    try:
+        pairs = tuple(
+            (_count("TernaryRelease", "changes", two, 0), _count("TernaryRelease", "changes", one, 0))
+            for two, one in changes
+        )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        pairs = ()
+    if not pairs or any(pair == (0, 0) for pair in pairs):
+        raise ConfigurationError(
+            "Expected TernaryRelease.changes to be pairs (coordinates moved by 2, coordinates moved by 1), at least "
+            f"one pair and none of them (0, 0), got changes={changes!r}."
+        )
+    return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZCDPRelease(Release):
+    """A release known only by its zero-concentrated bound: Renyi divergence of order a at most a * rho.
+
+    Guarantee: rho-zCDP for the stated relation (von Mises-Fisher noise, discrete Gaussian).
+
+    Args:
+        rho: Concentration parameter, > 0, dimensionless, for the stated relation.
+
+    Raises:
+        ConfigurationError: rho is NaN, infinite, zero or negative.
+    """
+
+    kind: ClassVar[str] = "zcdp"
+    rho: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rho", _positive_float("ZCDPRelease", "rho", self.rho))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonPrivateRelease(Release):
+    """A release without any guarantee: from the first one on, epsilon is infinite."""
+
+    kind: ClassVar[str] = "non_private"
+
+
+ReleaseEvent: TypeAlias = GaussianRelease | TernaryRelease | ZCDPRelease | NonPrivateRelease
+
+_EVENT_KINDS: dict[str, type[Release]] = {
+    cls.kind: cls for cls in (GaussianRelease, TernaryRelease, ZCDPRelease, NonPrivateRelease)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How records enter a release.
+
+    Args:
+        scheme: "full" (every record, every time) or "poisson" (each record by its own coin).
+        rate: Probability that a record takes part, 0 < rate <= 1; 1 for "full".
+        executed: False when Poisson sampling is only assumed (a shuffled loader, say); the claim is then UNVERIFIED.
+
+    Raises:
+        ConfigurationError: Unknown scheme, rate outside (0, 1], or a setting that "full" would ignore.
+    """
+
+    scheme: SamplingScheme
+    rate: float = 1.0
+    executed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.scheme not in get_args(SamplingScheme):
+            raise ConfigurationError(
+                f"Expected Sampling.scheme to be one of {', '.join(get_args(SamplingScheme))}, "
+                f"got scheme={self.scheme!r}."
+            )
+        rate = _positive_float("Sampling", "rate", self.rate)
+        if rate > 1.0:
+            raise ConfigurationError(
+                f"Expected 0 < Sampling.rate <= 1, got rate={rate!r}. Set the expected batch size below num_records."
+            )
+        object.__setattr__(self, "rate", rate)
+        if not isinstance(self.executed, bool):
+            raise ConfigurationError(f"Expected Sampling.executed to be true or false, got executed={self.executed!r}.")
+        if self.scheme == "full" and (rate != 1.0 or not self.executed):
+            raise ConfigurationError(
+                f"Expected rate=1.0 and executed=True with scheme='full', got rate={rate!r}, "
+                f"executed={self.executed!r}. Use scheme='poisson' if records are sampled."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dictionary of the three fields.
+
+        Returns:
+            The dictionary; `from_dict` inverts it.
+        """
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a sampling from `to_dict`.
+
+        Args:
+            data: The dictionary.
+
+        Returns:
+            The sampling.
+
+        Raises:
+            ConfigurationError: Unknown or missing field, or an invalid value.
+        """
+        return cls(**_checked_fields("sampling", cls, data))
+
+
+def event_from_dict(data: Mapping[str, Any]) -> ReleaseEvent:
+    """Rebuild any event from its dictionary.
+
+    Args:
+        data: What an event's `to_dict` returned, possibly through JSON.
+
+    Returns:
+        The event, equal to the original.
+
+    Raises:
+        ConfigurationError: No mapping, unknown kind, unknown or missing field, or an invalid value.
+
+    Example:
+        >>> event_from_dict(ZCDPRelease(rho=0.5).to_dict())
+        ZCDPRelease(rho=0.5)
+    """
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(kind, str) or kind not in _EVENT_KINDS:
+        raise ConfigurationError(
+            f"Expected an event whose kind is one of {', '.join(_EVENT_KINDS)}, got kind={kind!r}."
+        )
+    cls = _EVENT_KINDS[kind]
+    values = {name: value for name, value in data.items() if name != "kind"}
+    return cls(**_checked_fields(f"event of kind {kind!r}", cls, values))  # type: ignore[return-value]
+
+
+def _checked_fields(what: str, cls: type[Any], data: Any) -> dict[str, Any]:
+    """Return data as keyword arguments of a dataclass if it has exactly its fields."""
+    names = [field.name for field in fields(cls)]
+    if not isinstance(data, Mapping) or sorted(map(str, data)) != sorted(names):
+        given = sorted(map(str, data)) if isinstance(data, Mapping) else data
+        raise ConfigurationError(f"Expected the {what} to have exactly the fields {names}, got {given!r}.")
+    return {str(name): value for name, value in data.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return nested tuples as lists, so that a dictionary equals its own JSON round trip."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
