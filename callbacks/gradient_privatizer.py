@@ -1,0 +1,187 @@
+"""Attaches a mechanism to a method: checks the trainer, fixes the plan, opens the door."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from callbacks.privacy_accountant import PrivacyAccountant
+from lightning_dp.accounting.events import ReleaseEvent, relation_name
+from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.mechanisms.base import Mechanism, ReleasePlan
+from lightning_dp.mechanisms.noise import NoiseSource
+from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.release import ReleaseSession
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class GradientPrivatizer(pl.Callback):
+    """Gives a PrivateModule the one door through which private gradients leave.
+
+    Args:
+        mechanism: How rows become one release.
+        accountant: The callback that keeps the ledger.
+        public_seed: Seed of public randomness (rotations, projections); not of the noise.
+    """
+
+    def __init__(self, *, mechanism: Mechanism, accountant: PrivacyAccountant, public_seed: int = 0) -> None:
+        self.mechanism = mechanism
+        self.accountant = accountant
+        self.public_seed = public_seed
+        self.plan: ReleasePlan | None = None
+        self._attached = False
+
+    def plan_run(self, module: PrivateModule, max_steps: int | None) -> PrivacyBudget:
+        """Fix noise and length from public facts alone; the command line calls it before any data are read.
+
+        Args:
+            module: The method.
+            max_steps: Planned number of releases, None where open.
+
+        Raises:
+            ConfigurationError: Settings that do not fit together, or a pair without a proof.
+        """
+        settings = self.accountant.privacy
+        spec = module.contribution_spec()
+        self.mechanism.check(spec)
+        # The length of a run without privacy is that of the private run which the same settings describe.
+        priced = self.mechanism if self.mechanism.is_private else _stand_in()
+
+        def make_event(noise_multiplier: float) -> ReleaseEvent:
+            plan = ReleasePlan(spec=spec, relation=settings.relation, noise_multiplier=noise_multiplier)
+            return priced.step_event(plan)
+
+        spec.alternatives(settings.relation)
+        budget = resolve_budget(settings, make_event=make_event, sampling=module.sampling, max_steps=max_steps)
+        self.plan = ReleasePlan(spec=spec, relation=settings.relation, noise_multiplier=budget.noise_multiplier)
+        return budget
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, PrivateModule):
+            raise ConfigurationError(
+                f"GradientPrivatizer needs a PrivateModule, got {type(pl_module).__name__}: its gradients would leave "
+                "without a release. Derive the model from lightning_dp.modules.PrivateModule."
+            )
+        self._refuse_unsafe_settings(trainer, pl_module)
+        budget = self.plan_run(pl_module, None if trainer.max_steps < 0 else trainer.max_steps)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        num_records = getattr(data, "num_records", None)
+        settings = self.accountant.privacy
+        header = {
+            "relation": relation_name(settings.relation),
+            "unit": self._plan.spec.unit,
+            "dataset": getattr(data, "name", None),
+            "num_records": num_records,
+            "fingerprint": getattr(data, "fingerprint", None),
+        }
+        unverified = ("the noise: privacy.insecure_seed fixes it",) if settings.insecure_seed is not None else ()
+        self.accountant.open(
+            budget,
+            header,
+            unit=self._plan.spec.unit,
+            mechanism=type(self.mechanism).__name__,
+            num_records=num_records,
+            unverified=unverified,
+            extra_assumptions=(*pl_module.assumptions(),),
+        )
+        if self.mechanism.is_private:
+            rank_zero_info(
+                f"Privacy: {budget.num_releases} releases of {type(self.mechanism).__name__}, noise multiplier "
+                f"{budget.noise_multiplier:.4g} (noise std {self.mechanism.noise_std(self._plan):.4g}), "
+                f"budget epsilon={budget.epsilon:.4g} at delta={budget.delta:g}, {header['relation']}."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # After a checkpoint has been loaded: the noise secret is fresh, whatever was resumed.
+        if not isinstance(pl_module, PrivateModule):
+            raise PrivacyProtocolError("GradientPrivatizer was moved to another module after setup.")
+        noise = NoiseSource(insecure_seed=self.accountant.privacy.insecure_seed)
+        noise.adopt_secret(trainer.strategy.broadcast(noise.export_secret(), src=0))
+        session = ReleaseSession(
+            mechanism=self.mechanism,
+            plan=self._plan,
+            ledger=self.accountant.ledger,
+            sampling=pl_module.sampling,
+            noise=noise,
+            public_seed=self.public_seed,
+            may_release=self.accountant.check_release,
+        )
+        pl_module.attach(session)
+
+    @property
+    def _plan(self) -> ReleasePlan:
+        if self.plan is None:
+            raise PrivacyProtocolError("The plan is fixed by plan_run(), which setup() calls.")
+        return self.plan
+
+    def _refuse_unsafe_settings(self, trainer: pl.Trainer, module: PrivateModule) -> None:
+        others = [c for c in trainer.callbacks if isinstance(c, GradientPrivatizer)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise ConfigurationError(
+                f"Expected one GradientPrivatizer, got {len(others)}; each release is charged once."
+            )
+        if self.accountant not in trainer.callbacks:  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "The PrivacyAccountant of this GradientPrivatizer is not among the trainer's callbacks, so checkpoints "
+                "would lose the ledger. Pass both: Trainer(callbacks=[privatizer, accountant])."
+            )
+        if trainer.gradient_clip_val:
+            raise ConfigurationError(
+                f"trainer.gradient_clip_val={trainer.gradient_clip_val} would change gradients after their release; "
+                "leave it out. The mechanism bounds each row by itself."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ConfigurationError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} would mix releases; "
+                "set it to 1. Rows are chunked inside one release."
+            )
+        if str(trainer.precision).startswith("16"):
+            raise ConfigurationError(
+                f"trainer.precision={trainer.precision} scales losses and skips steps on overflow, which depends on "
+                "data without noise. Use 32-true or bf16-mixed."
+            )
+        if trainer.world_size > 1:
+            raise ConfigurationError(
+                f"Expected one process, got {trainer.world_size}: teachers are not sharded over ranks yet. "
+                "Set trainer.devices to 1."
+            )
+        if module.contribution_spec().kind == "record":
+            coupled = [name for name, layer in module.named_modules() if isinstance(layer, _BATCH_NORMS)]
+            if coupled:
+                raise ConfigurationError(
+                    f"Batch normalisation couples the records of a batch, so per-record clipping bounds nothing: "
+                    f"{', '.join(coupled)}. Use GroupNorm."
+                )
+
+
+def _stand_in() -> Mechanism:
+    from lightning_dp.mechanisms.gaussian import Gaussian
+
+    return Gaussian()
+
+
+def run_summary(privatizer: GradientPrivatizer) -> dict[str, Any]:
+    """Return mechanism, bound, sensitivity and noise of a planned run, JSON-ready, for the run card."""
+    plan = privatizer.plan
+    if plan is None:
+        raise PrivacyProtocolError("The plan is fixed by plan_run(), which setup() calls.")
+    mechanism = privatizer.mechanism
+    summary = {**mechanism.describe(), "privacy_unit": plan.spec.unit, "contribution": plan.spec.kind}
+    if mechanism.is_private:
+        summary |= {
+            "row_bound": mechanism.row_bound(plan.spec),
+            "l2_sensitivity": mechanism.l2_sensitivity(plan.spec, plan.relation),
+            "noise_multiplier": plan.noise_multiplier,
+            "noise_std": mechanism.noise_std(plan),
+            "vectors_per_release": plan.spec.vectors_per_row,
+            "vector_dim": plan.spec.vector_dim,
+        }
+    return summary

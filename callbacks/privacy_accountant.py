@@ -1,0 +1,135 @@
+"""Keeps the ledger of a run: epsilon after each release, a stop before the budget is crossed, resume without gaps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_dp.accounting.accountants import EpsilonResult, compute_epsilon, would_exceed
+from lightning_dp.accounting.claim import PrivacyClaim, make_claim
+from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
+from lightning_dp.errors import PrivacyProtocolError
+
+
+class PrivacyAccountant(pl.Callback):
+    """Owns the ledger and speaks for it.
+
+    The ledger file is written ahead of every release; checkpoints carry a copy. A resumed run continues from whatever
+    either of the two has spent, so releases lost in a crash stay charged.
+
+    Args:
+        privacy: The user's privacy settings.
+        ledger_path: File of the ledger; None keeps it in memory and in checkpoints only.
+    """
+
+    def __init__(self, *, privacy: PrivacySettings, ledger_path: Path | None = None) -> None:
+        self.privacy = privacy
+        self.ledger_path = ledger_path
+        self.budget: PrivacyBudget | None = None
+        self._ledger: PrivacyLedger | None = None
+        self._claim_facts: dict[str, Any] = {}
+
+    @property
+    def ledger(self) -> PrivacyLedger:
+        """The ledger of this run.
+
+        Raises:
+            PrivacyProtocolError: It has not been opened yet.
+        """
+        if self._ledger is None:
+            raise PrivacyProtocolError("The ledger is opened by GradientPrivatizer at setup; add that callback too.")
+        return self._ledger
+
+    def open(self, budget: PrivacyBudget, header: dict[str, Any], **claim_facts: Any) -> None:
+        """Open the ledger, new or existing, under a budget that was decided beforehand.
+
+        Args:
+            budget: Noise, length and epsilon of the run.
+            header: Public facts that the ledger keeps: relation, unit, data set, ...
+            **claim_facts: What the claim says beyond the ledger (see `make_claim`).
+        """
+        self.budget = budget
+        self._claim_facts = claim_facts
+        if self.ledger_path is not None and self.ledger_path.exists():
+            self._ledger = PrivacyLedger.reopen(self.ledger_path)
+        else:
+            self._ledger = PrivacyLedger(header, self.ledger_path)
+
+    def spent(self) -> EpsilonResult:
+        """Return epsilon of all releases so far."""
+        return compute_epsilon(
+            self.ledger.counts(),
+            delta=self.privacy.target_delta,
+            relation=self.privacy.relation,
+            accountant=self.privacy.accountant,
+        )
+
+    def claim(self) -> PrivacyClaim:
+        """Return what can be said of everything released so far."""
+        return make_claim(
+            self.ledger, delta=self.privacy.target_delta, relation=self.privacy.relation, **self._claim_facts
+        )
+
+    def check_release(self, event: ReleaseEvent, sampling: Sampling) -> None:
+        """Refuse a release that would cross the budget.
+
+        Raises:
+            PrivacyProtocolError: It would.
+        """
+        if self._is_beyond_budget(event, sampling):
+            raise PrivacyProtocolError(
+                f"The next release would cross the budget (epsilon={self._budget.epsilon:g}, "
+                f"delta={self._budget.delta:g}, {self._budget.num_releases} releases). The run ends here."
+            )
+
+    @property
+    def _budget(self) -> PrivacyBudget:
+        if self.budget is None:
+            raise PrivacyProtocolError("No budget was set: GradientPrivatizer opens the ledger at setup.")
+        return self.budget
+
+    def _is_beyond_budget(self, event: ReleaseEvent, sampling: Sampling) -> bool:
+        if len(self.ledger) >= self._budget.num_releases:
+            return True
+        return not isinstance(event, NonPrivateRelease) and would_exceed(
+            self.ledger.counts(),
+            (event, sampling),
+            budget_epsilon=self._budget.epsilon,
+            delta=self._budget.delta,
+            relation=self.privacy.relation,
+        )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_spent(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        epsilon = self.spent().epsilon
+        pl_module.log_dict({"privacy/epsilon": epsilon, "privacy/releases": float(len(self.ledger))}, prog_bar=True)
+        self._stop_if_spent(trainer)
+
+    def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+        last = next(reversed(self.ledger.counts()), None) if len(self.ledger) else None
+        if last is not None and self._is_beyond_budget(*last):
+            rank_zero_info(f"Privacy budget spent after {len(self.ledger)} releases; the run ends.")
+            trainer.should_stop = True
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"ledger": self.ledger.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.ledger.merge(state_dict["ledger"])
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._ledger is not None:
+            self._ledger.close()

@@ -1,0 +1,132 @@
+"""What a user asks of privacy, and what follows from it before the first release: noise, or the number of releases."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dp_accounting import NeighboringRelation
+
+from lightning_dp.accounting.accountants import Accountant, compute_epsilon
+from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_releases
+from lightning_dp.accounting.events import ReleaseEvent, Sampling, parse_relation
+from lightning_dp.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """The privacy of a run, as flags.
+
+    Give two of: target_epsilon, noise_multiplier, and the length of the run (--trainer.max_steps). The third follows.
+
+    Args:
+        neighboring_relation: What one step between neighbouring data sets does: replace_one, replace_special (a record
+            becomes empty) or add_or_remove_one. Every epsilon is stated under it.
+        target_epsilon: Epsilon that the whole run may spend.
+        target_delta: Delta at which epsilon is stated, in (0, 1); keep it below 1 / number of records.
+        noise_multiplier: Noise std / L2 sensitivity under the relation.
+        accountant: auto takes the exact Gaussian curve where a run is exactly Gaussian, else PLD with RDP as fallback.
+        insecure_seed: Fixes the noise for debugging. The run is then not private and the claim says so.
+    """
+
+    neighboring_relation: str
+    target_epsilon: float | None = None
+    target_delta: float = 1e-5
+    noise_multiplier: float | None = None
+    accountant: Accountant = "auto"
+    insecure_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        parse_relation(self.neighboring_relation)
+        for name, value in (("target_epsilon", self.target_epsilon), ("noise_multiplier", self.noise_multiplier)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                hint = " Use --mechanism NoPrivacy for a run without noise." if name == "noise_multiplier" else ""
+                raise ConfigurationError(f"Expected a finite privacy.{name} > 0, got {name}={value}.{hint}")
+        if not 0 < self.target_delta < 1:
+            raise ConfigurationError(f"Expected 0 < privacy.target_delta < 1, got target_delta={self.target_delta}.")
+
+    @property
+    def relation(self) -> NeighboringRelation:
+        """The neighbouring relation as dp_accounting names it."""
+        return parse_relation(self.neighboring_relation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyBudget:
+    """What was decided before the first release.
+
+    Attributes:
+        noise_multiplier: Noise std / L2 sensitivity.
+        num_releases: Planned releases; the run ends after them.
+        epsilon: Epsilon that the ledger may not cross; what the planned releases cost where no target was given.
+        delta: Delta of that epsilon.
+    """
+
+    noise_multiplier: float
+    num_releases: int
+    epsilon: float
+    delta: float
+
+
+def resolve_budget(
+    settings: PrivacySettings,
+    *,
+    make_event: Callable[[float], ReleaseEvent],
+    sampling: Sampling,
+    max_steps: int | None,
+) -> PrivacyBudget:
+    """Return noise and length of a run from what the user gave.
+
+    Args:
+        settings: The user's flags.
+        make_event: The event of one release at a given noise multiplier.
+        sampling: How units enter a release.
+        max_steps: Planned number of releases, None where the user left it open.
+
+    Raises:
+        ConfigurationError: Too few or contradictory settings.
+    """
+    target, noise, delta = settings.target_epsilon, settings.noise_multiplier, settings.target_delta
+    relation = settings.relation
+    if target is not None and noise is None:
+        if max_steps is None:
+            raise ConfigurationError(
+                f"privacy.target_epsilon={target} alone fixes neither noise nor length: "
+                "add --trainer.max_steps (noise is calibrated) or --privacy.noise_multiplier (length follows)."
+            )
+        noise = calibrate_noise_multiplier(
+            target_epsilon=target,
+            target_delta=delta,
+            num_releases=max_steps,
+            make_event=make_event,
+            sampling=sampling,
+            relation=relation,
+        )
+        return PrivacyBudget(noise_multiplier=noise, num_releases=max_steps, epsilon=target, delta=delta)
+    if noise is None:
+        raise ConfigurationError(
+            "No privacy setting: give --privacy.target_epsilon or --privacy.noise_multiplier "
+            "(or --mechanism NoPrivacy for a run without noise)."
+        )
+    event = make_event(noise)
+    if target is None:
+        if max_steps is None:
+            raise ConfigurationError(
+                f"privacy.noise_multiplier={noise} alone does not bound the run: "
+                "add --trainer.max_steps or --privacy.target_epsilon."
+            )
+        spent = compute_epsilon({(event, sampling): max_steps}, delta=delta, relation=relation)
+        return PrivacyBudget(noise_multiplier=noise, num_releases=max_steps, epsilon=spent.epsilon, delta=delta)
+    allowed = max_releases(event=event, sampling=sampling, target_epsilon=target, target_delta=delta, relation=relation)
+    if allowed == 0:
+        raise ConfigurationError(
+            f"privacy.noise_multiplier={noise} is too small: one release already costs more than "
+            f"privacy.target_epsilon={target} at delta={delta:g}. Raise the noise or the target."
+        )
+    if max_steps is not None and max_steps > allowed:
+        raise ConfigurationError(
+            f"Contradictory settings: privacy.noise_multiplier={noise} allows {allowed} releases within "
+            f"privacy.target_epsilon={target}, but trainer.max_steps={max_steps}. Drop one of the three."
+        )
+    return PrivacyBudget(
+        noise_multiplier=noise, num_releases=min(allowed, max_steps or allowed), epsilon=target, delta=delta
+    )

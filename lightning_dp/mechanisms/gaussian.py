@@ -1,0 +1,64 @@
+"""The Gaussian mechanism on rows whose vectors are clipped in L2 norm (Abadi et al. 2016, Algorithm 1)."""
+
+import math
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, zero_non_finite
+
+# Clipped norms are kept this much (relative) inside the bound, so that rounding cannot carry a row across it.
+_ROUNDING_MARGIN = 1e-6
+
+
+@final
+class Gaussian(Mechanism):
+    """Clip every vector of a row, sum, add Gaussian noise.
+
+    Guarantee: a row of q vectors has joint norm at most sqrt(q) * max_grad_norm. The sensitivity follows from the
+    relation: the bound for a row that appears or disappears, twice the bound for a row that changes.
+
+    Args:
+        max_grad_norm: L2 bound of one vector of a row, > 0, in units of the gradient.
+        clipping: flat scales vectors above the bound down to it; automatic rescales every vector to (almost) the bound,
+            g -> C g / (|g| + stability), and needs no tuning (Bu et al. 2022).
+        stability: The positive constant of automatic clipping, in units of the gradient.
+
+    Raises:
+        ConfigurationError: `max_grad_norm` or `stability` is not a finite positive number.
+    """
+
+    kinds = frozenset({"record", "teacher", "joint"})
+
+    def __init__(
+        self,
+        *,
+        max_grad_norm: float = 1.0,
+        clipping: Literal["flat", "automatic"] = "flat",
+        stability: float = 1e-12,
+    ) -> None:
+        for name, value in (("max_grad_norm", max_grad_norm), ("stability", stability)):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigurationError(f"Expected a finite mechanism.{name} > 0, got {name}={value}.")
+        self.max_grad_norm = float(max_grad_norm)
+        self.clipping = clipping
+        self.stability = float(stability)
+
+    def row_bound(self, spec: ContributionSpec) -> float:
+        """Return sqrt(vectors per row) * max_grad_norm."""
+        return math.sqrt(spec.vectors_per_row) * self.max_grad_norm
+
+    def encode(self, rows: Tensor, spec: ContributionSpec, context: EncodeContext) -> Tensor:
+        """Return clipped rows in float64."""
+        rows = zero_non_finite(rows.to(torch.float64))
+        norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        bound = self.max_grad_norm * (1 - _ROUNDING_MARGIN)
+        if self.clipping == "automatic":
+            return rows * (bound / (norms + self.stability))
+        return rows * (bound / norms.clamp(min=bound))
+
+    def decode(self, noisy_total: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
+        """Return the noisy mean over the public number of rows."""
+        return noisy_total / plan.spec.rows_per_vector

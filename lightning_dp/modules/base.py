@@ -1,0 +1,132 @@
+"""The release seam of every method: no private gradient reaches a released network but through `release`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dp.accounting.events import Sampling
+from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.release import Released, ReleaseSession
+
+
+class PrivateModule(pl.LightningModule, ABC):
+    """A LightningModule whose released networks learn from released values only.
+
+    A method implements `contribution_spec`, `released_networks` and `training_step`; the step calls `release` once and
+    feeds the result to `backward_released`. Optimizers of released networks refuse to step on any other gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self._session: ReleaseSession | None = None
+        self._stamps: dict[int, tuple[Tensor, int]] = {}
+
+    # What a method declares ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def contribution_spec(self) -> ContributionSpec:
+        """Return public facts about the rows of one release; must not look at data."""
+
+    @abstractmethod
+    def released_networks(self) -> dict[str, nn.Module]:
+        """Return the networks that leave at the end; their optimizers accept released gradients only."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How units enter a release; the default is that all of them do."""
+        return Sampling(scheme="full")
+
+    def assumptions(self) -> tuple[str, ...]:
+        """Return what the claim takes for granted, in words."""
+        return ()
+
+    # The door --------------------------------------------------------------------------------------------------------
+
+    def attach(self, session: ReleaseSession) -> None:
+        """Give the module its release session; called by the GradientPrivatizer callback."""
+        self._session = session
+
+    def release(self, chunks: Iterable[RowChunk], shape: tuple[int, int]) -> Released:
+        """Turn private rows into one released value; once per training step.
+
+        Args:
+            chunks: Private rows, chunk by chunk.
+            shape: (num_vectors, vector_dim) of the release.
+
+        Raises:
+            PrivacyProtocolError: No privatizer is attached, the step has released already, or the budget is spent.
+        """
+        if self._session is None:
+            raise PrivacyProtocolError(
+                "release() was called but no GradientPrivatizer is attached. Add callbacks.GradientPrivatizer to the "
+                "trainer (the command line does so), or choose its mechanism NoPrivacy for a run without privacy."
+            )
+        return self._session.release(chunks, shape, self.device)
+
+    def backward_released(self, outputs: Tensor, released: Released) -> None:
+        """Back-propagate a released value as the gradient of `outputs` into the released networks.
+
+        Gradients that were there before are dropped, so nothing else can ride along; each new one is stamped, and the
+        optimizer's hook compares the stamp before it steps.
+
+        Args:
+            outputs: What the released networks computed from public inputs.
+            released: The descent direction for `outputs`, same number of entries.
+        """
+        if not isinstance(released, Released):
+            raise PrivacyProtocolError("backward_released() takes the value that release() returned, not a tensor.")
+        parameters = list(self._released_parameters())
+        for parameter in parameters:
+            parameter.grad = None
+        # Optimizers minimise, so the gradient is minus the descent direction.
+        gradient = -released.value.reshape(outputs.shape).to(outputs)
+        torch.autograd.backward(outputs, grad_tensors=gradient, inputs=[p for p in parameters if p.requires_grad])
+        self._stamps = {id(p): (p.grad, p.grad._version) for p in parameters if p.grad is not None}
+
+    # Hooks -----------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Guard the optimizers that hold parameters of released networks."""
+        released = {id(parameter) for parameter in self._released_parameters()}
+        for optimizer in self.trainer.optimizers:
+            if any(id(p) in released for group in optimizer.param_groups for p in group["params"]):
+                optimizer.register_step_pre_hook(self._refuse_unreleased)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Allow one release in the coming step."""
+        if self._session is None:
+            raise PrivacyProtocolError(
+                "No GradientPrivatizer is attached. Add callbacks.GradientPrivatizer to the trainer (the command line "
+                "does so), or choose its mechanism NoPrivacy for a run without privacy."
+            )
+        self._session.begin_step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check that the step made its release."""
+        if self._session is not None:
+            self._session.end_step()
+
+    def _released_parameters(self) -> Iterator[nn.Parameter]:
+        for network in self.released_networks().values():
+            yield from network.parameters()
+
+    def _refuse_unreleased(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        released = {id(parameter) for parameter in self._released_parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in released or parameter.grad is None:
+                    continue
+                stamp = self._stamps.get(id(parameter))
+                if stamp is None or stamp[0] is not parameter.grad or stamp[1] != parameter.grad._version:
+                    raise PrivacyProtocolError(
+                        "An optimizer of a released network was about to step on a gradient that did not come from a "
+                        "release (or was changed since). Use self.backward_released(outputs, self.release(...))."
+                    )

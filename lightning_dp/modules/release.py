@@ -1,0 +1,137 @@
+"""The one door between private rows and anything that leaves: encode, sum, charge, noise once."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_dp.accounting.events import ReleaseEvent, Sampling
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.mechanisms.base import EncodeContext, Mechanism, ReleasePlan
+from lightning_dp.mechanisms.noise import NoiseSource
+
+_DOOR = object()  # Only this module can make a Released value.
+
+
+@dataclass(frozen=True)
+class Released:
+    """A value that passed the mechanism and is safe to use, log and save.
+
+    Attributes:
+        value: The released direction, float32.
+        number: The release's number in the ledger.
+    """
+
+    value: Tensor
+    number: int
+    _door: object = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self._door is not _DOOR:
+            raise PrivacyProtocolError("A Released value comes from release() alone; it cannot be made by hand.")
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Released":
+        """Return the value after post-processing.
+
+        Args:
+            function: A function of the released value and public quantities only; nothing private may be captured.
+        """
+        return Released(function(self.value), self.number, _DOOR)
+
+
+class ReleaseSession:
+    """Joins one mechanism, one plan, one ledger and one noise source for the length of a run.
+
+    Args:
+        mechanism: The mechanism.
+        plan: Rows, relation and noise, fixed beforehand.
+        ledger: Where every release is recorded before it is drawn.
+        sampling: How units enter a release.
+        noise: The secret noise source.
+        public_seed: Seed of public randomness.
+        may_release: Asked before each release whether the budget still holds the event; raises if it does not.
+        reduce: Sums the total over ranks; the identity on one process.
+    """
+
+    def __init__(
+        self,
+        *,
+        mechanism: Mechanism,
+        plan: ReleasePlan,
+        ledger: PrivacyLedger,
+        sampling: Sampling,
+        noise: NoiseSource,
+        public_seed: int,
+        may_release: Callable[[ReleaseEvent, Sampling], None],
+        reduce: Callable[[Tensor], Tensor] = lambda total: total,
+    ) -> None:
+        mechanism.check(plan.spec)
+        self.mechanism = mechanism
+        self.plan = plan
+        self.ledger = ledger
+        self.sampling = sampling
+        self.event = mechanism.step_event(plan)
+        self._noise = noise
+        self._public_seed = public_seed
+        self._may_release = may_release
+        self._reduce = reduce
+        self._may_still_release = False
+
+    def begin_step(self) -> None:
+        """Allow exactly one release; called before each training step."""
+        self._may_still_release = True
+
+    def end_step(self) -> None:
+        """Check that the step released; called after each training step.
+
+        Raises:
+            PrivacyProtocolError: The step made no release: the ledger and the run would drift apart.
+        """
+        if self._may_still_release:
+            raise PrivacyProtocolError(
+                "A training step ended without a release(); every private step makes exactly one."
+            )
+
+    def release(self, chunks: Iterable[RowChunk], shape: tuple[int, int], device: torch.device) -> Released:
+        """Encode and sum all rows, charge the ledger, add noise once, decode.
+
+        The number under which the ledger will hold the release also names its coins and its noise. The ledger entry is
+        on disk before any noise is drawn; when encoding fails, nothing has been drawn and nothing leaves.
+
+        Args:
+            chunks: Private rows, chunk by chunk.
+            shape: (num_vectors, vector_dim) of the release; public.
+            device: Where the rows live.
+
+        Returns:
+            The released direction, (num_vectors, vector_dim), float32.
+
+        Raises:
+            PrivacyProtocolError: A second release in one step, or one that would cross the budget.
+        """
+        if not self._may_still_release:
+            raise PrivacyProtocolError(
+                "release() was called twice in one training step (or outside of one), but the budget was planned for "
+                "one release a step. Put everything that leaves in a step into one release."
+            )
+        self._may_release(self.event, self.sampling)
+        self._may_still_release = False
+        number = self.ledger.append(self.event, self.sampling)
+        total = torch.zeros(shape, dtype=self.mechanism.total_dtype, device=device)
+        for chunk in chunks:
+            context = EncodeContext(
+                release_number=number,
+                public_seed=self._public_seed,
+                noise=self._noise,
+                row_ids=chunk.teacher_ids,
+                first_vector=chunk.queries.start or 0,
+            )
+            encoded = self.mechanism.encode(chunk.values, self.plan.spec, context)
+            total[chunk.queries] += encoded.sum(dim=0, dtype=self.mechanism.total_dtype)
+        value = self.mechanism.release(
+            self._reduce(total), self.plan, self._noise, release_number=number, public_seed=self._public_seed
+        )
+        return Released(value, number, _DOOR)

@@ -1,0 +1,149 @@
+"""What every mechanism promises; its test class inherits `MechanismContract` and names its instances."""
+
+import math
+from abc import ABC, abstractmethod
+
+import pytest
+import torch
+from dp_accounting import NeighboringRelation
+from scipy import stats
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
+from lightning_dp.mechanisms.noise import NoiseSource
+
+RELATIONS = list(NeighboringRelation)
+
+
+def context(num_rows: int, *, release_number: int = 1, seed: int = 0, ids: torch.Tensor | None = None) -> EncodeContext:
+    return EncodeContext(
+        release_number=release_number,
+        public_seed=3,
+        noise=NoiseSource(insecure_seed=seed),
+        row_ids=torch.arange(num_rows) if ids is None else ids,
+    )
+
+
+def adversarial_rows(spec: ContributionSpec) -> torch.Tensor:
+    """Rows that try to leave the bound: huge, tiny, one-hot, equal, zero, NaN, infinite, random."""
+    generator = torch.Generator().manual_seed(0)
+    q, d = spec.vectors_per_row, spec.vector_dim
+    one_hot = torch.zeros(q, d)
+    one_hot[:, 0] = 1e30
+    broken = torch.ones(q, d)
+    broken[0, 0] = math.nan
+    infinite = torch.ones(q, d)
+    infinite[-1, -1] = -math.inf
+    special = [torch.full((q, d), value) for value in (0.0, 1.0, -1e30, 1e-30)] + [one_hot, broken, infinite]
+    scales = 10.0 ** torch.randint(-20, 20, (500, 1, 1), generator=generator)
+    return torch.cat([torch.stack(special), torch.randn(500, q, d, generator=generator) * scales])
+
+
+class MechanismContract(ABC):
+    """Bound, event, noise and refusals of one mechanism."""
+
+    @abstractmethod
+    def make(self) -> Mechanism: ...
+
+    def spec(self) -> ContributionSpec:
+        return ContributionSpec.teachers(num_teachers=40, vectors_per_row=3, vector_dim=16, partition="hash")
+
+    def plan(self, relation: NeighboringRelation = NeighboringRelation.REPLACE_ONE) -> ReleasePlan:
+        return ReleasePlan(spec=self.spec(), relation=relation, noise_multiplier=2.0)
+
+    def test_encoded_rows_stay_within_the_bound(self):
+        mechanism, spec = self.make(), self.spec()
+        rows = adversarial_rows(spec)
+        encoded = mechanism.encode(rows, spec, context(len(rows))).to(torch.float64)
+        assert torch.isfinite(encoded).all()
+        norms = torch.linalg.vector_norm(encoded.flatten(1), dim=1)
+        assert norms.max() <= mechanism.row_bound(spec)
+
+    @pytest.mark.parametrize("relation", RELATIONS)
+    def test_neighbours_move_the_sum_at_most_by_the_sensitivity(self, relation):
+        mechanism, spec = self.make(), self.spec()
+        rows = adversarial_rows(spec)
+        encoded = mechanism.encode(rows, spec, context(len(rows), ids=torch.zeros(len(rows), dtype=torch.int64)))
+        encoded = encoded.to(torch.float64).flatten(1)
+        # A teacher's row may be any of these in either world; the others are the same in both.
+        worst = torch.cdist(encoded, encoded).max().item()
+        assert worst <= mechanism.l2_sensitivity(spec, relation) * (1 + 1e-9)
+
+    def test_chunking_changes_nothing(self):
+        mechanism, spec = self.make(), self.spec()
+        rows = adversarial_rows(spec)
+        whole = mechanism.encode(rows, spec, context(len(rows))).sum(0, dtype=mechanism.total_dtype)
+        parts = torch.zeros_like(whole)
+        for ids in torch.arange(len(rows)).split(37):
+            parts += mechanism.encode(rows[ids], spec, context(len(ids), ids=ids)).sum(0, dtype=mechanism.total_dtype)
+        if mechanism.total_dtype == torch.float64:
+            torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(parts, whole)
+
+    def test_no_rows_release_pure_noise(self):
+        mechanism, spec = self.make(), self.spec()
+        empty = torch.zeros(0, spec.vectors_per_row, spec.vector_dim)
+        encoded = mechanism.encode(empty, spec, context(0))
+        assert encoded.sum(0).abs().sum() == 0
+
+    @pytest.mark.parametrize("relation", RELATIONS)
+    def test_event_states_the_noise_that_is_drawn(self, relation):
+        mechanism, plan = self.make(), self.plan(relation)
+        event = mechanism.step_event(plan)
+        assert event.noise_std == pytest.approx(2.0 * mechanism.l2_sensitivity(plan.spec, relation))
+        assert event.l2_sensitivity == pytest.approx(mechanism.l2_sensitivity(plan.spec, relation))
+        drawn = self.noise_of(mechanism, plan)
+        low, high = (stats.chi2.ppf([5e-6, 1 - 5e-6], drawn.numel()) / drawn.numel()) ** 0.5 * event.noise_std
+        assert low < drawn.square().mean().sqrt() < high
+        # The same test must reject noise that is off by the world size, or a variance taken for a std.
+        for wrong in (drawn / 2**0.5, drawn * 2**0.5, drawn * 1.1):
+            assert not low < wrong.square().mean().sqrt() < high
+        assert stats.kstest(drawn.flatten() / event.noise_std, "norm").pvalue > 1e-6
+
+    def noise_of(self, mechanism: Mechanism, plan: ReleasePlan) -> torch.Tensor:
+        """The noise itself: what `decode` is handed when the clean sum is zero."""
+        drawn: list[torch.Tensor] = []
+
+        class Spy:
+            decode = staticmethod(lambda noisy, *_: drawn.append(noisy) or noisy)
+
+        total = torch.zeros(200, 500, dtype=mechanism.total_dtype)
+        original = type(mechanism).decode
+        try:
+            type(mechanism).decode = lambda self, noisy, *rest: Spy.decode(noisy)
+            mechanism.release(total, plan, NoiseSource(), release_number=1, public_seed=0)
+        finally:
+            type(mechanism).decode = original
+        (noisy,) = drawn
+        return noisy
+
+    def test_release_adds_noise_exactly_once_and_never_the_same(self):
+        mechanism, plan = self.make(), self.plan()
+        first, second = self.noise_of(mechanism, plan), self.noise_of(mechanism, plan)
+        assert not torch.equal(first, second)
+        correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
+        assert abs(correlation) < 5 / first.numel() ** 0.5
+
+    def test_release_has_the_public_shape_and_type(self):
+        mechanism, plan = self.make(), self.plan()
+        total = torch.zeros(3, 16, dtype=mechanism.total_dtype)
+        released = mechanism.release(total, plan, NoiseSource(), release_number=1, public_seed=0)
+        assert released.shape == (3, 16)
+        assert released.dtype == torch.float32
+        assert torch.isfinite(released).all()
+
+    def test_unsupported_contributions_are_refused_in_words(self):
+        mechanism = self.make()
+        for spec in (
+            ContributionSpec.joint(num_vectors=2, vector_dim=4),
+            ContributionSpec.records(expected_batch_size=8, vector_dim=16),
+        ):
+            if spec.kind not in mechanism.kinds:
+                with pytest.raises(ConfigurationError, match="no proof"):
+                    mechanism.check(spec)
+
+    def test_a_relation_without_proof_is_refused(self):
+        spec = ContributionSpec.teachers(num_teachers=4, vectors_per_row=1, vector_dim=4, partition="permutation")
+        with pytest.raises(ConfigurationError, match="no proof"):
+            self.make().l2_sensitivity(spec, NeighboringRelation.ADD_OR_REMOVE_ONE)

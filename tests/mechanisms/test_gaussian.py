@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+from dp_accounting import NeighboringRelation
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_dp.accounting.events import NonPrivateRelease
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
+from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.mechanisms.no_privacy import NoPrivacy
+from lightning_dp.mechanisms.noise import NoiseSource
+from tests.contracts.mechanism import MechanismContract, context
+
+ADD_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
+REPLACE = NeighboringRelation.REPLACE_ONE
+
+
+class TestGaussianFlat(MechanismContract):
+    def make(self):
+        return Gaussian(max_grad_norm=0.7)
+
+
+class TestGaussianAutomatic(MechanismContract):
+    def make(self):
+        return Gaussian(max_grad_norm=3.0, clipping="automatic", stability=0.01)
+
+
+def encode(mechanism, rows):
+    spec = ContributionSpec.records(expected_batch_size=4, vector_dim=rows.shape[-1])
+    return mechanism.encode(rows, spec, context(len(rows)))
+
+
+@given(scale=st.floats(1e-20, 1e20), bound=st.floats(1e-6, 1e6), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_clipped_norms_stay_inside_the_bound_at_any_scale(scale, bound, dtype):
+    rows = (torch.randn(5, 1, 7, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
+    norms = torch.linalg.vector_norm(encode(Gaussian(max_grad_norm=bound), rows), dim=-1)
+    assert (norms <= bound).all()
+
+
+def test_small_rows_pass_unchanged():
+    rows = torch.randn(5, 1, 7).double()
+    rows = rows / rows.norm(dim=-1, keepdim=True) * 0.5
+    torch.testing.assert_close(encode(Gaussian(max_grad_norm=1.0), rows), rows)
+
+
+def test_automatic_clipping_keeps_the_direction_and_brings_every_row_near_the_bound():
+    rows = torch.randn(5, 1, 7).double() * 1e-5
+    encoded = encode(Gaussian(max_grad_norm=2.0, clipping="automatic"), rows)
+    torch.testing.assert_close(encoded.norm(dim=-1), torch.full((5, 1), 2.0).double(), rtol=1e-5, atol=0)
+    cosine = torch.nn.functional.cosine_similarity(encoded, rows, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+
+
+def test_sensitivity_follows_the_relation():
+    """C for a record that appears, 2C for one that changes, 2C always for a joint gradient (mechanisms, section 0)."""
+    mechanism = Gaussian(max_grad_norm=1.5)
+    records = ContributionSpec.records(expected_batch_size=4, vector_dim=7)
+    joint = ContributionSpec.joint(num_vectors=1, vector_dim=7)
+    assert mechanism.l2_sensitivity(records, ADD_REMOVE) == 1.5
+    assert mechanism.l2_sensitivity(records, REPLACE) == 3.0
+    assert {mechanism.l2_sensitivity(joint, relation) for relation in NeighboringRelation} == {3.0}
+
+
+def test_a_huge_bound_and_tiny_noise_give_the_plain_mean():
+    spec = ContributionSpec.records(expected_batch_size=6, vector_dim=7)
+    rows = torch.randn(6, 1, 7).double()
+    released = []
+    for mechanism in (Gaussian(max_grad_norm=1e6), NoPrivacy()):
+        plan = ReleasePlan(spec=spec, relation=ADD_REMOVE, noise_multiplier=1e-14)
+        total = mechanism.encode(rows, spec, context(6)).sum(0)
+        released.append(mechanism.release(total, plan, NoiseSource(), release_number=1, public_seed=0))
+    torch.testing.assert_close(released[0], rows.mean(0).float())
+    torch.testing.assert_close(released[1], rows.mean(0).float())
+
+
+def test_a_thousandfold_noise_destroys_the_signal():
+    spec = ContributionSpec.records(expected_batch_size=6, vector_dim=400)
+    mechanism = Gaussian(max_grad_norm=1.0)
+    plan = ReleasePlan(spec=spec, relation=ADD_REMOVE, noise_multiplier=1000.0)
+    total = mechanism.encode(torch.ones(6, 1, 400), spec, context(6)).sum(0)
+    released = mechanism.release(total, plan, NoiseSource(), release_number=1, public_seed=0)
+    assert abs(torch.nn.functional.cosine_similarity(released, total.float()).item()) < 0.3
+
+
+def test_no_privacy_declares_itself():
+    plan = ReleasePlan(
+        spec=ContributionSpec.records(expected_batch_size=6, vector_dim=4), relation=REPLACE, noise_multiplier=1.0
+    )
+    assert NoPrivacy().step_event(plan) == NonPrivateRelease()
+    assert NoPrivacy().noise_std(plan) == 0.0
+    rows = torch.randn(6, 1, 4)
+    rows[2, 0, 1] = math.nan
+    assert torch.isfinite(encode(NoPrivacy(), rows)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_bad_bounds_are_refused(value):
+    with pytest.raises(ConfigurationError, match="max_grad_norm > 0"):
+        Gaussian(max_grad_norm=value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_bad_noise_is_refused(value):
+    spec = ContributionSpec.records(expected_batch_size=6, vector_dim=4)
+    with pytest.raises(ConfigurationError, match="noise_multiplier > 0"):
+        ReleasePlan(spec=spec, relation=REPLACE, noise_multiplier=value)
