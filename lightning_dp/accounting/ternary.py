@@ -42,7 +42,8 @@ def ternary_rdp(event: TernaryRelease, orders: tuple[float, ...]) -> Array:
                     event.noise_std, event.threshold, event.max_abs_vote, step, orders
                 )
         alternatives.append(total)
-    return np.minimum(np.max(alternatives, axis=0), gaussian)
+    bound: Array = np.minimum(np.max(alternatives, axis=0), gaussian)
+    return bound
 
 
 @lru_cache(maxsize=256)
@@ -51,8 +52,8 @@ def worst_divergence(
 ) -> Array:
     """Return the largest Renyi divergence between the symbols of votes v and v + step, over all integer v.
 
-    Both directions are covered: swapping the sign of a vote maps (v + step, v) onto (-v - step, -v), another pair of the
-    same scan. Both votes of a pair lie in [-max_abs_vote, max_abs_vote].
+    Both directions are covered: swapping the signs maps the pair (v + step, v) onto (-v - step, -v), another pair of
+    the same scan. Both votes of a pair lie in [-max_abs_vote, max_abs_vote].
 
     Args:
         noise_std: s, in votes, > 0.

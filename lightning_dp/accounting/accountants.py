@@ -1,0 +1,194 @@
+"""From counts of releases to one epsilon, and the question asked before every release: would one more exceed it?"""
+
+import math
+from functools import lru_cache
+from typing import get_args
+
+from dp_accounting import NeighboringRelation
+
+from lightning_dp.accounting.composition import (
+    Accountant,
+    Counts,
+    EpsilonResult,
+    Terms,
+    canonical_terms,
+    checked_delta,
+    compose,
+    has_non_private,
+    is_unsampled,
+    quick_bounds,
+    total_mu,
+)
+from lightning_dp.accounting.events import ReleaseEvent, Sampling, parse_relation
+from lightning_dp.accounting.search import largest_count
+from lightning_dp.errors import ConfigurationError
+
+__all__ = [
+    "PAPER_ORDERS",
+    "Accountant",
+    "Counts",
+    "EpsilonResult",
+    "checked_delta",
+    "compute_epsilon",
+    "paper_epsilon",
+    "quick_epsilon_bound",
+    "would_exceed",
+]
+
+PAPER_ORDERS: tuple[float, ...] = (1.1, *(float(order) for order in range(2, 200)))
+"""The orders of the DataLens program."""
+
+
+def compute_epsilon(
+    counts: Counts, *, delta: float, relation: str | NeighboringRelation, accountant: Accountant = "auto"
+) -> EpsilonResult:
+    """Return the epsilon of all releases together.
+
+    Guarantee: an upper bound for adaptive composition under the stated relation; the events' sensitivities must be for
+    that relation. "auto" takes the exact Gaussian curve where the run is exactly Gaussian; the smaller of that and the
+    ternary Renyi curve for thresholded votes; else PLD, with RDP as cross-check (the smaller counts) and fallback.
+
+    Args:
+        counts: How often each (event, sampling) was released, each >= 0.
+        delta: The delta of the statement, 0 < delta < 1.
+        relation: The neighbouring relation, by name or enum.
+        accountant: Which accountant; all but "auto" refuse what they cannot compose.
+
+    Returns:
+        Epsilon, the accountant that gave it, and notes.
+
+    Raises:
+        ConfigurationError: An invalid delta, relation, count or accountant, or an event that the accountant lacks.
+
+    Edge cases: no release gives 0; a non-private release gives infinity.
+
+    Example:
+        >>> release = (GaussianRelease(noise_std=1.0, l2_sensitivity=1.0), Sampling(scheme="full"))
+        >>> round(compute_epsilon({release: 1}, delta=1e-5, relation="replace_one").epsilon, 4)
+        4.3772
+    """
+    delta = checked_delta(delta)
+    relation = parse_relation(relation)
+    if accountant not in get_args(Accountant):
+        choices = ", ".join(get_args(Accountant))
+        raise ConfigurationError(f"Expected accountant to be one of {choices}, got accountant={accountant!r}.")
+    return compose(canonical_terms(counts), delta, relation, accountant)
+
+
+def quick_epsilon_bound(counts: Counts, *, delta: float, relation: str | NeighboringRelation) -> float:
+    """Return an upper bound on epsilon without composing a privacy loss distribution.
+
+    Args:
+        counts: As in `compute_epsilon`.
+        delta: As in `compute_epsilon`.
+        relation: As in `compute_epsilon`.
+
+    Returns:
+        A bound never below what `compute_epsilon` gives with "auto"; equal to it when nothing is sampled.
+
+    Raises:
+        ConfigurationError: As in `compute_epsilon`.
+    """
+    delta, relation = checked_delta(delta), parse_relation(relation)
+    terms = canonical_terms(counts)
+    if not terms or has_non_private(terms):
+        return compose(terms, delta, relation, "auto").epsilon
+    return min(result.epsilon for result in quick_bounds(terms, delta, relation))
+
+
+def would_exceed(
+    counts: Counts,
+    extra: tuple[ReleaseEvent, Sampling],
+    *,
+    budget_epsilon: float,
+    delta: float,
+    relation: str | NeighboringRelation,
+    accountant: Accountant = "auto",
+) -> bool:
+    """Say whether one more release would pass the budget; ask before every release.
+
+    Cheap on every call while nothing is sampled (one closed form). With sampling, Renyi divergence answers until it
+    passes the budget; then the largest allowed count is found once by the full accountant and remembered.
+
+    Args:
+        counts: What was released so far.
+        extra: The (event, sampling) about to be released.
+        budget_epsilon: The epsilon that may not be passed, >= 0; infinity never stops.
+        delta: As in `compute_epsilon`.
+        relation: As in `compute_epsilon`.
+        accountant: As in `compute_epsilon`.
+
+    Returns:
+        True if epsilon after the release would be above the budget.
+
+    Raises:
+        ConfigurationError: As in `compute_epsilon`, or an invalid budget.
+    """
+    budget = float(budget_epsilon)
+    if not budget >= 0:
+        raise ConfigurationError(f"Expected budget_epsilon >= 0, got budget_epsilon={budget_epsilon!r}.")
+    if math.isinf(budget):
+        return False
+    after = dict(counts)
+    after[extra] = after.get(extra, 0) + 1
+    if accountant == "auto" and quick_epsilon_bound(after, delta=delta, relation=relation) <= budget:
+        return False
+    terms = canonical_terms(after)
+    if accountant in ("gaussian", "rdp") or has_non_private(terms) or is_unsampled(terms):
+        return compute_epsilon(after, delta=delta, relation=relation, accountant=accountant).epsilon > budget
+    ((event, sampling, _),) = canonical_terms({extra: 1})
+    rest = tuple(term for term in terms if term[:2] != (event, sampling))
+    count = next(term[2] for term in terms if term[:2] == (event, sampling))
+    return count > _allowed_count(
+        rest, event, sampling, budget, checked_delta(delta), parse_relation(relation), accountant
+    )
+
+
+def paper_epsilon(counts: Counts, *, delta: float) -> float:
+    """Return the number the DataLens program would print, for comparison with the paper only.
+
+    Its Renyi divergence is the Gaussian's; its conversion rho(a) + ln(1 / delta) / (a - 1) over `PAPER_ORDERS` is valid
+    but loose. Its data-dependent branch is unsound and left out.
+
+    Args:
+        counts: Unsampled Gaussian or ternary releases; ternary ones are charged as Gaussian.
+        delta: 0 < delta < 1.
+
+    Returns:
+        Epsilon; 0 for no release.
+
+    Raises:
+        ConfigurationError: Another event, sampling, or an invalid delta.
+
+    References:
+        Wang et al. (2021) "DataLens", accountant of the published program.
+    """
+    delta = checked_delta(delta)
+    terms = canonical_terms(counts)
+    if not terms:
+        return 0.0
+    rho = total_mu(terms, "paper") ** 2 / 2
+    return min(order * rho + math.log(1 / delta) / (order - 1) for order in PAPER_ORDERS)
+
+
+@lru_cache(maxsize=256)
+def _allowed_count(
+    rest: Terms,
+    event: ReleaseEvent,
+    sampling: Sampling,
+    budget: float,
+    delta: float,
+    relation: NeighboringRelation,
+    accountant: Accountant,
+) -> int:
+    """Return how many releases of one kind the budget holds beside the rest, by the full accountant."""
+
+    def after(count: int) -> dict[tuple[ReleaseEvent, Sampling], int]:
+        return {(event, sampling): count} | {(other, way): number for other, way, number in rest}
+
+    guess = largest_count(lambda n: quick_epsilon_bound(after(n), delta=delta, relation=relation), budget)
+    return largest_count(
+        lambda n: compute_epsilon(after(n), delta=delta, relation=relation, accountant=accountant).epsilon,
+        budget,
+        guess=guess,
+    )

@@ -1,0 +1,159 @@
+"""The noise for a planned number of releases, and the number of releases for a given noise; both before the first."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from dp_accounting import NeighboringRelation
+
+from lightning_dp.accounting.accountants import checked_delta, compute_epsilon, quick_epsilon_bound
+from lightning_dp.accounting.composition import canonical_terms, is_unsampled
+from lightning_dp.accounting.events import (
+    GaussianRelease,
+    NonPrivateRelease,
+    ReleaseEvent,
+    Sampling,
+    TernaryRelease,
+    parse_relation,
+)
+from lightning_dp.accounting.search import largest_count, smallest_noise
+from lightning_dp.errors import ConfigurationError
+
+
+def calibrate_noise_multiplier(
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    num_releases: int,
+    make_event: Callable[[float], ReleaseEvent],
+    sampling: Sampling,
+    relation: str | NeighboringRelation,
+) -> float:
+    """Return the smallest noise multiplier at which the planned releases keep the budget.
+
+    Searched with quick bounds first (exact when nothing is sampled), then with privacy loss distributions near the
+    result, since a distribution at far too little noise takes minutes.
+
+    Args:
+        target_epsilon: Epsilon of the whole run, finite and > 0.
+        target_delta: Its delta, in (0, 1).
+        num_releases: Planned number of releases, >= 1.
+        make_event: The event of one release at a given noise multiplier; more noise must not cost more.
+        sampling: How records enter each release.
+        relation: The neighbouring relation of the events' sensitivities.
+
+    Returns:
+        The multiplier; its epsilon is never above the target and at most 1e-5 of the target below it, unless the
+        curve jumps.
+
+    Raises:
+        ConfigurationError: An invalid target, delta, count or relation, a non-private event, or a target that no
+            amount of noise reaches.
+
+    Example:
+        >>> noise = calibrate_noise_multiplier(
+        ...     target_epsilon=1.0, target_delta=1e-5, num_releases=100, relation="replace_one",
+        ...     make_event=lambda m: GaussianRelease(noise_std=m, l2_sensitivity=1.0), sampling=Sampling(scheme="full"),
+        ... )
+        >>> round(noise, 4)
+        37.3063
+    """
+    target, delta, relation = _checked_target(target_epsilon), checked_delta(target_delta), parse_relation(relation)
+    if isinstance(num_releases, bool) or not isinstance(num_releases, int) or num_releases < 1:
+        raise ConfigurationError(f"Expected num_releases to be an integer >= 1, got num_releases={num_releases!r}.")
+    _refuse_non_private(make_event(1.0))
+
+    def quick(noise: float) -> float:
+        return quick_epsilon_bound({(make_event(noise), sampling): num_releases}, delta=delta, relation=relation)
+
+    def full(noise: float) -> float:
+        return compute_epsilon({(make_event(noise), sampling): num_releases}, delta=delta, relation=relation).epsilon
+
+    def amplified(noise: float) -> float:
+        event, way = _as_add_or_remove(make_event(noise), relation), NeighboringRelation.ADD_OR_REMOVE_ONE
+        return 2.0 * quick_epsilon_bound({(event, sampling): num_releases}, delta=delta, relation=way)
+
+    is_exact = is_unsampled(canonical_terms({(make_event(1.0), sampling): 1}))
+    near = smallest_noise(
+        quick if is_exact else amplified if relation is NeighboringRelation.REPLACE_ONE else quick,
+        target,
+        guess=1.0,
+        rel_tol=1e-7 if is_exact else 1e-3,
+    )
+    noise = near if is_exact or math.isinf(near) else smallest_noise(full, target, guess=near)
+    if math.isinf(noise):
+        raise ConfigurationError(
+            f"No noise multiplier reaches target_epsilon={target} at target_delta={delta:g} for "
+            f"num_releases={num_releases}. Raise the target or make fewer releases."
+        )
+    return noise
+
+
+def max_releases(
+    *,
+    event: ReleaseEvent,
+    sampling: Sampling,
+    target_epsilon: float,
+    target_delta: float,
+    relation: str | NeighboringRelation,
+) -> int:
+    """Return how many releases of one kind the budget holds.
+
+    The number depends on no data, so a run may be planned and stopped by it.
+
+    Args:
+        event: The event of every release.
+        sampling: How records enter each release.
+        target_epsilon: Epsilon of the whole run, finite and > 0.
+        target_delta: Its delta, in (0, 1).
+        relation: The neighbouring relation of the event's sensitivity.
+
+    Returns:
+        The largest count whose epsilon is at most the target; 0 if one release is too much; at most 10^9.
+
+    Raises:
+        ConfigurationError: An invalid target, delta or relation, or a non-private event.
+    """
+    target, delta, relation = _checked_target(target_epsilon), checked_delta(target_delta), parse_relation(relation)
+    _refuse_non_private(event)
+
+    def quick(count: int) -> float:
+        return quick_epsilon_bound({(event, sampling): count}, delta=delta, relation=relation)
+
+    allowed = largest_count(quick, target)
+    if is_unsampled(canonical_terms({(event, sampling): 1})):
+        return allowed
+
+    def full(count: int) -> float:
+        return compute_epsilon({(event, sampling): count}, delta=delta, relation=relation).epsilon
+
+    return largest_count(full, target, guess=allowed)
+
+
+def _checked_target(target_epsilon: float) -> float:
+    """Return the target as a float if it is one that can be reached."""
+    try:
+        target = float(target_epsilon) if not isinstance(target_epsilon, (bool, str)) else math.nan
+    except (TypeError, ValueError):
+        target = math.nan
+    if not (math.isfinite(target) and target > 0.0):
+        raise ConfigurationError(
+            f"Expected a finite target_epsilon > 0, got target_epsilon={target_epsilon!r}. "
+            "For a run without privacy choose a mechanism without noise."
+        )
+    return target
+
+
+def _refuse_non_private(event: ReleaseEvent) -> None:
+    if isinstance(event, NonPrivateRelease):
+        raise ConfigurationError(
+            "Expected a private event, got NonPrivateRelease(): its epsilon is infinite at any noise and any count. "
+            "Leave target_epsilon out or choose another mechanism."
+        )
+
+
+def _as_add_or_remove(event: ReleaseEvent, relation: NeighboringRelation) -> ReleaseEvent:
+    """Return a rough stand-in under add-or-remove-one, to guess by: half the sensitivity costs about half."""
+    if isinstance(event, TernaryRelease) or not isinstance(event, GaussianRelease):
+        return event
+    return replace(event, noise_std=2.0 * event.noise_std) if relation is NeighboringRelation.REPLACE_ONE else event
