@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.catalogue import DatasetFacts
+from datamodules.partition import PartitionMethod, TeacherPartition
 from lightning_dp.errors import ConfigurationError, DataError
 
 
@@ -189,6 +190,21 @@ class ImageDataModule(pl.LightningDataModule, ABC):
                 digest.update(part.contiguous().numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def teacher_partition(
+        self, num_teachers: int, *, method: PartitionMethod = "permutation", key: int = 0
+    ) -> TeacherPartition:
+        """Return who holds which record; known before `setup`, since neither pixels nor labels decide.
+
+        Args:
+            num_teachers: Number of teachers, at most the number of records.
+            method: permutation or hash (see `TeacherPartition`).
+            key: Public key of the partition.
+
+        Raises:
+            ConfigurationError: More teachers than records.
+        """
+        return TeacherPartition(self.num_records, num_teachers, method=method, key=key)
 
     def train_dataloader(self) -> StepTicks:
         """Return the loader of public step ticks; it yields ints, never records."""
