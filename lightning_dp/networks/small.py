@@ -171,5 +171,5 @@ class MLPGenerator(_PixelGenerator):
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
         features = F.leaky_relu(self.hidden0(self._joined(latent, labels)), LEAK)
         features = F.leaky_relu(self.hidden1(features), LEAK)
-        pixels: Tensor = self.head(features)
-        return torch.sigmoid(pixels).unflatten(1, self.image_shape)
+        pixels: Tensor = torch.sigmoid(self.head(features))
+        return pixels.reshape(-1, *self.image_shape)

@@ -1,0 +1,323 @@
+"""Teachers that are discriminators, each trained on its own shard: the ensemble of DataLens and G-PATE.
+
+Shapes: T teachers, n of one chunk, B samples of a batch, y classes, d numbers of one native output.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adam import adam
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.teacher_backends import (
+    LoopBackend,
+    Stack,
+    StackedBackend,
+    TeacherBackend,
+    saved_bytes_per_sample,
+)
+from lightning_dp.gradients.teachers import Encoder, FakeSource, RowChunk, RowStructure, TeacherEnsemble, TeacherShards
+from lightning_dp.networks.datalens import DataLensDiscriminator
+from lightning_dp.networks.discriminator import Discriminator
+from lightning_dp.networks.small import MLPDiscriminator, SmallConvDiscriminator
+
+NetworkName = Literal["datalens", "small_conv", "mlp"]
+BackendName = Literal["loop", "stacked"]
+
+NETWORKS: Final[dict[str, type[Discriminator]]] = {
+    "datalens": DataLensDiscriminator,
+    "small_conv": SmallConvDiscriminator,
+    "mlp": MLPDiscriminator,
+}
+BACKENDS: Final[dict[str, type[TeacherBackend]]] = {"loop": LoopBackend, "stacked": StackedBackend}
+
+# Measured by benchmarks/teachers.py (docs/performance.md): chunks that stay in the cache win on a CPU.
+CPU_CHUNKS: Final[dict[tuple[str, str], int]] = {
+    ("datalens", "loop"): 8,
+    ("datalens", "stacked"): 4,
+    ("small_conv", "loop"): 32,
+    ("small_conv", "stacked"): 8,
+    ("mlp", "loop"): 32,
+    ("mlp", "stacked"): 64,
+}
+CPU_MEMORY_BUDGET: Final = 1_500_000_000
+CUDA_FREE_FRACTION: Final = 0.5
+ADAM_EPS: Final = 1e-8
+
+
+def choose_backend(network: str, device: torch.device) -> BackendName:
+    """Return the faster backend: stacked on a GPU and for dense layers, the loop for convolutions on a CPU.
+
+    Args:
+        network: A name of `NETWORKS`.
+        device: Where the teachers work.
+    """
+    if device.type != "cpu" or network == "mlp":
+        return "stacked"
+    return "loop"
+
+
+class DiscriminatorTeachers(TeacherEnsemble):
+    """One discriminator and one Adam per shard; a row is the way a teacher would move the fake images.
+
+    State lies in stacked tensors (T, ...) whichever backend computes, so checkpoints move between backends, chunk sizes
+    and devices. Adam is element-wise: run on a slice of the stack it is one Adam per teacher. Nothing else is kept.
+
+    # Differs: the fakes of a round are made once, for every label at every batch position, and teachers pick by
+    their own labels; the published program runs the generator on the private labels of each teacher. With a generator
+    without batch statistics both give the same fakes; with them, ours cannot carry labels between teachers.
+
+    Args:
+        network: Discriminator of every teacher.
+        num_teachers: T.
+        backend: "loop", "stacked", or "auto" for the faster one.
+        chunk_size: Teachers at a time; None fits it to cache and memory. It changes speed and memory only.
+        batch_size: Most records a teacher sees per round; at most N // T are used.
+        learning_rate: Of each teacher's Adam.
+        betas: Of each teacher's Adam.
+        train_steps: Adam steps per round, all on the same records and fakes.
+        pretrain_steps: The same for the first round.
+
+    Raises:
+        ConfigurationError: A setting is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        network: NetworkName = "small_conv",
+        *,
+        num_teachers: int,
+        backend: Literal["auto", "loop", "stacked"] = "auto",
+        chunk_size: int | None = None,
+        batch_size: int = 30,
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.5, 0.999),
+        train_steps: int = 2,
+        pretrain_steps: int = 10,
+    ) -> None:
+        _require_choice("network", network, tuple(NETWORKS))
+        _require_choice("backend", backend, ("auto", *BACKENDS))
+        counts = {"num_teachers": num_teachers, "batch_size": batch_size, "train_steps": train_steps}
+        counts["pretrain_steps"] = pretrain_steps
+        if chunk_size is not None:
+            counts["chunk_size"] = chunk_size
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigurationError(f"Expected {name} >= 1, got {name}={count}. Give a whole number from 1.")
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ConfigurationError(
+                f"Expected a finite learning_rate > 0, got learning_rate={learning_rate}. The paper uses 1e-3."
+            )
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigurationError(f"Expected two betas in [0, 1), got betas={betas}. The paper uses (0.5, 0.999).")
+        self.network_name, self.backend_name, self.chunk_size = network, backend, chunk_size
+        self.num_teachers, self.batch_size = num_teachers, batch_size
+        self.learning_rate, self.betas = learning_rate, betas
+        self.train_steps, self.pretrain_steps = train_steps, pretrain_steps
+        self._parameters: Stack = {}
+        self._optimizer_steps = self._rounds = 0
+
+    def bind(  # noqa: D102
+        self,
+        shards: TeacherShards,
+        *,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        device: torch.device | str,
+        seed: int,
+        encode: Encoder | None = None,
+    ) -> None:
+        self._check_shards(shards, num_classes, image_shape)
+        self._device, self._num_classes, self._encode = torch.device(device), num_classes, encode
+        self._shards = shards.to(self._device)
+        self._has_records = self._shards.sizes > 0
+        self._batch = shards.common_batch(self.batch_size)
+        self._sample_shape = tuple(self._encoded(torch.zeros(1, *image_shape, device=self._device)).shape[1:])
+        network = NETWORKS[self.network_name](self._sample_shape, num_classes)
+        if self._batch < network.min_batch:
+            raise ConfigurationError(
+                f"Expected at least {network.min_batch} records per teacher for network={self.network_name!r} (batch "
+                f"statistics), got {shards.num_records} records for num_teachers={self.num_teachers}, "
+                f"batch_size={self.batch_size}. Use fewer teachers or network='small_conv'."
+            )
+        self._parameters = self._initial_parameters(network, seed)
+        self._exp_avg = {name: torch.zeros_like(stack) for name, stack in self._parameters.items()}
+        self._exp_avg_sq = {name: torch.zeros_like(stack) for name, stack in self._parameters.items()}
+        self._optimizer_steps = self._rounds = 0
+        chosen = self.backend_name
+        self.chosen_backend = choose_backend(self.network_name, self._device) if chosen == "auto" else chosen
+        self._backend = BACKENDS[self.chosen_backend](network.to(self._device))
+        self._bytes_per_sample = saved_bytes_per_sample(self._backend.network, self._sample_shape, num_classes)
+
+    def train(self, make_fakes: FakeSource, *, step: int) -> None:  # noqa: D102
+        self._require_bound()
+        public_labels = torch.arange(self._num_classes, device=self._device).repeat(self._batch)
+        fakes = make_fakes(public_labels).detach().unflatten(0, (self._batch, self._num_classes))
+        repeats = self.train_steps if self._rounds else self.pretrain_steps
+        for teachers in self._chunks(2 * self._batch):
+            real, fake, one_hot = self._round_batch(teachers, fakes, step)
+            for repeat in range(repeats):
+                gradients = self._backend.training_gradients(
+                    self._slice(self._parameters, teachers), real, fake, one_hot
+                )
+                self._adam_step(teachers, gradients, steps_before=self._optimizer_steps + repeat)
+        self._optimizer_steps += repeats
+        self._rounds += 1
+
+    def row_chunks(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:  # noqa: D102
+        self._require_bound()
+        num_images = fakes.shape[0]
+        least = self._backend.network.min_batch
+        if num_images < least or tuple(fakes.shape[1:]) != self._sample_shape or labels.shape != (num_images,):
+            raise ValueError(
+                f"Expected at least {least} fakes of shape {self._sample_shape} with one label each, got "
+                f"fakes.shape={tuple(fakes.shape)}, labels.shape={tuple(labels.shape)}. Pass the generator's native "
+                "outputs."
+            )
+        one_hot = F.one_hot(labels, self._num_classes).to(fakes.dtype)
+        for teachers in self._chunks(num_images):
+            own = self._slice(self._parameters, teachers)
+            values = self._backend.descent_directions(own, fakes.detach(), one_hot).flatten(2)  # (n, B, d)
+            # A teacher without records abstains, so that its rows do not tell an empty shard's initial network apart.
+            values = torch.where(self._has_records[teachers, None, None], values, torch.zeros_like(values))
+            teacher_ids = torch.arange(teachers.start, teachers.stop, device=self._device)
+            yield RowChunk(teacher_ids, values, slice(0, num_images))
+
+    def row_structure(self, num_images: int) -> RowStructure:
+        """Return that a record reaches one teacher, which speaks on all images. Looks at no data."""
+        return RowStructure(images_per_row=num_images, class_wise=False, single_record=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return parameters, Adam moments (references, (T, ...) each) and step counts. Private."""
+        self._require_bound()
+        return {
+            "parameters": self._parameters,
+            "exp_avg": self._exp_avg,
+            "exp_avg_sq": self._exp_avg_sq,
+            "optimizer_steps": self._optimizer_steps,
+            "rounds": self._rounds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy a state of an ensemble of the same network and size into this one.
+
+        Raises:
+            ConfigurationError: Names or shapes differ.
+        """
+        self._require_bound()
+        pairs = [(own, state[key]) for key, own in self.state_dict().items() if isinstance(own, dict)]
+        for own, saved in pairs:
+            expected = {name: tuple(stack.shape) for name, stack in own.items()}
+            got = {name: tuple(stack.shape) for name, stack in saved.items()}
+            if expected != got:
+                raise ConfigurationError(
+                    f"Expected teachers of network={self.network_name!r}, num_teachers={self.num_teachers}, got a "
+                    f"checkpoint with shapes {got}. Resume with the settings of the run that wrote it."
+                )
+        for own, saved in pairs:
+            for name, stack in own.items():
+                stack.copy_(saved[name])
+        self._optimizer_steps, self._rounds = int(state["optimizer_steps"]), int(state["rounds"])
+
+    def _check_shards(self, shards: TeacherShards, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        if shards.num_teachers != self.num_teachers:
+            raise ConfigurationError(
+                f"Expected shards for num_teachers={self.num_teachers}, got shards.num_teachers={shards.num_teachers}. "
+                "Make the partition with the same number."
+            )
+        if shards.image_shape != tuple(image_shape):
+            raise ConfigurationError(
+                f"Expected images of shape {shards.image_shape}, got image_shape={image_shape}. "
+                "Pass the datamodule's image_shape."
+            )
+        if int(shards.labels.min()) < 0 or int(shards.labels.max()) >= num_classes:
+            raise ConfigurationError(
+                f"Expected labels in [0, {num_classes}), got others for num_classes={num_classes}. "
+                "Pass the datamodule's num_classes."
+            )
+
+    def _initial_parameters(self, network: Discriminator, seed: int) -> Stack:
+        """Draw each teacher's parameters from (seed, teacher) on the CPU: the same on any device, in any chunk."""
+        names = dict(network.named_parameters())
+        stacks = {
+            name: torch.empty(self.num_teachers, *parameter.shape, dtype=parameter.dtype, device=self._device)
+            for name, parameter in names.items()
+        }
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for teacher in range(self.num_teachers):
+                torch.default_generator.manual_seed((seed * 1_000_003 + teacher) % 2**63)
+                network.reset_parameters()
+                for name, parameter in names.items():
+                    stacks[name][teacher] = parameter
+        return stacks
+
+    def _round_batch(self, teachers: slice, fakes: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return real (n, B, ...), fake (n, B, ...) and one-hot labels (n, B, y) of one round."""
+        positions = self._shards.positions(teachers, self._batch, step)
+        labels = self._shards.labels[positions]  # (n, B)
+        images = self._shards.images[positions.flatten()].to(fakes.dtype) / 255
+        real = self._encoded(images).to(fakes.dtype).unflatten(0, tuple(positions.shape))
+        fake = fakes[torch.arange(self._batch, device=self._device), labels]
+        return real, fake, F.one_hot(labels, self._num_classes).to(fakes.dtype)
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        return images if self._encode is None else self._encode(images).detach()
+
+    def _adam_step(self, teachers: slice, gradients: Stack, *, steps_before: int) -> None:
+        """Step the Adam of each teacher of the chunk; element-wise, so teachers stay apart."""
+        parameters = list(self._slice(self._parameters, teachers).values())
+        exp_avg, exp_avg_sq = self._moments(teachers)
+        counters = [torch.tensor(float(steps_before), device=self._device) for _ in parameters]
+        with torch.no_grad():
+            adam(
+                parameters,
+                [gradients[name].contiguous() for name in self._parameters],
+                list(exp_avg.values()),
+                list(exp_avg_sq.values()),
+                [],
+                counters,
+                fused=self._device.type in ("cpu", "cuda"),
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=self.learning_rate,
+                weight_decay=0.0,
+                eps=ADAM_EPS,
+                maximize=False,
+            )
+
+    def _moments(self, teachers: slice) -> tuple[Stack, Stack]:
+        return self._slice(self._exp_avg, teachers), self._slice(self._exp_avg_sq, teachers)
+
+    @staticmethod
+    def _slice(stack: Stack, teachers: slice) -> Stack:
+        return {name: values[teachers] for name, values in stack.items()}
+
+    def _chunks(self, samples: int) -> Iterator[slice]:
+        size = self.chunk_size or self._automatic_chunk(samples)
+        for start in range(0, self.num_teachers, size):
+            yield slice(start, min(start + size, self.num_teachers))
+
+    def _automatic_chunk(self, samples: int) -> int:
+        """Return how many teachers fit the memory budget and, on a CPU, the cache."""
+        parameter_bytes = sum(stack[0].numel() * stack.element_size() for stack in self._parameters.values())
+        # Gradients and their contiguous copy; activations, their gradients and one working copy.
+        per_teacher = 2 * parameter_bytes + 3 * samples * self._bytes_per_sample
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device)
+            return max(1, int(CUDA_FREE_FRACTION * free) // per_teacher)
+        preferred = CPU_CHUNKS[self.network_name, self.chosen_backend]
+        return max(1, min(preferred, CPU_MEMORY_BUDGET // per_teacher))
+
+    def _require_bound(self) -> None:
+        if not self._parameters:
+            raise RuntimeError("Expected bound teachers, got an ensemble without records. Call bind() first.")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"Expected {name} to be one of {', '.join(choices)}, got {name}={value!r}.")

@@ -1,0 +1,134 @@
+"""Two ways to differentiate many copies of one discriminator: one after another, or stacked under `vmap`.
+
+Both take the same stacked parameters and return the same gradients; neither owns any state of a teacher.
+
+Shapes: n teachers of one chunk, B samples, y classes.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from lightning_dp.losses.adversarial import discriminator_loss, generator_loss
+from lightning_dp.networks.discriminator import Discriminator
+
+Stack = dict[str, Tensor]
+"""Parameters, or anything of their shape, of n teachers: name -> (n, *parameter_shape)."""
+
+
+class TeacherBackend(ABC):
+    """Gradients of the losses of n teachers that share an architecture and nothing else.
+
+    Args:
+        network: The architecture; its own parameter values are not used.
+    """
+
+    def __init__(self, network: Discriminator) -> None:
+        self.network = network
+
+    @abstractmethod
+    def training_gradients(self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Stack:
+        """Return each teacher's gradient of its discriminator loss, name -> (n, ...).
+
+        Args:
+            parameters: name -> (n, ...).
+            real: (n, B, *sample_shape), the teachers' own records.
+            fake: (n, B, *sample_shape), judged in a pass of its own (its batch statistics are its own).
+            one_hot: (n, B, y), labels of both.
+        """
+
+    @abstractmethod
+    def descent_directions(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:
+        """Return -d generator_loss / d fakes of each teacher, (n, B, *sample_shape), with the 1/B of the batch mean.
+
+        Args:
+            parameters: name -> (n, ...).
+            fakes: (B, *sample_shape), the same for all teachers.
+            one_hot: (B, y).
+        """
+
+
+class LoopBackend(TeacherBackend):
+    """One teacher after another through one module: least memory, fastest for convolutions on a CPU."""
+
+    def _load(self, parameters: Stack, row: int) -> list[Tensor]:
+        own: list[Tensor] = []
+        for name, parameter in self.network.named_parameters():
+            parameter.data = parameters[name][row]  # a view: nothing is copied
+            own.append(parameter)
+        return own
+
+    @torch.enable_grad()
+    def training_gradients(self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Stack:  # noqa: D102
+        gradients = {name: torch.empty_like(values) for name, values in parameters.items()}
+        for row in range(real.shape[0]):
+            own = self._load(parameters, row)
+            loss = discriminator_loss(self.network(real[row], one_hot[row]), self.network(fake[row], one_hot[row]))
+            for stacked, gradient in zip(gradients.values(), torch.autograd.grad(loss, own), strict=True):
+                stacked[row] = gradient
+        return gradients
+
+    @torch.enable_grad()
+    def descent_directions(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:  # noqa: D102
+        num_rows = next(iter(parameters.values())).shape[0]
+        directions = fakes.new_empty(num_rows, *fakes.shape)
+        inputs = fakes.detach().requires_grad_()
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(False)  # spares the backward pass the parameter gradients
+        try:
+            for row in range(num_rows):
+                self._load(parameters, row)
+                loss = generator_loss(self.network(inputs, one_hot))
+                torch.neg(torch.autograd.grad(loss, inputs)[0], out=directions[row])
+        finally:
+            for parameter in self.network.parameters():
+                parameter.requires_grad_(True)
+        return directions
+
+
+class StackedBackend(TeacherBackend):
+    """All teachers of a chunk at once under `vmap`: fastest for dense layers, and on a GPU."""
+
+    def _training_loss(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Tensor:
+        judged_real = functional_call(self.network, own, (real, one_hot))
+        judged_fake = functional_call(self.network, own, (fake, one_hot))
+        return discriminator_loss(judged_real, judged_fake)
+
+    def _negative_generator_loss(self, fakes: Tensor, own: Stack, one_hot: Tensor) -> Tensor:
+        return -generator_loss(functional_call(self.network, own, (fakes, one_hot)))
+
+    def training_gradients(self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Stack:  # noqa: D102
+        # One gradient per teacher, no mean over teachers: that would scale each by 1/n, visible through Adam's eps.
+        gradients: Stack = vmap(grad(self._training_loss))(parameters, real, fake, one_hot)
+        return gradients
+
+    def descent_directions(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:  # noqa: D102
+        each = vmap(grad(self._negative_generator_loss), in_dims=(None, 0, None))
+        directions: Tensor = each(fakes.detach(), parameters, one_hot)
+        return directions
+
+
+def saved_bytes_per_sample(network: Discriminator, sample_shape: tuple[int, ...], num_classes: int) -> int:
+    """Return how many bytes one sample leaves behind between the forward and the backward pass.
+
+    Args:
+        network: The architecture, on its device.
+        sample_shape: Shape of one sample.
+        num_classes: Number of labels.
+    """
+    like, saved = next(network.parameters()), [0]
+    batch = network.min_batch
+    parameters = {parameter.data_ptr() for parameter in network.parameters()}
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            saved[0] += tensor.numel() * tensor.element_size()
+        return tensor
+
+    samples = torch.zeros(batch, *sample_shape, dtype=like.dtype, device=like.device)
+    one_hot = torch.zeros(batch, num_classes, dtype=like.dtype, device=like.device)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        network(samples, one_hot)
+    return saved[0] // batch + samples[0].numel() * samples.element_size()
