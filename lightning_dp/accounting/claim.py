@@ -1,0 +1,254 @@
+"""What may be said of a run's privacy, in one line, and what may not."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from decimal import ROUND_CEILING, Decimal
+from enum import StrEnum
+from typing import Any, Self
+
+from dp_accounting import NeighboringRelation
+
+from lightning_dp.accounting.accountants import Accountant, Counts, EpsilonResult, checked_delta, compute_epsilon
+from lightning_dp.accounting.events import NonPrivateRelease, parse_relation, relation_name
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import ConfigurationError
+
+DEFAULT_NOT_COVERED: tuple[str, ...] = (
+    "the choice of hyper-parameters, if it looked at the private records",
+    "the set of labels and the number of records, which are treated as public",
+    "the gap between real-valued noise and the floating-point sampler",
+)
+"""What an epsilon of ours never covers unless a method says otherwise."""
+
+_RELATION_LABELS = {
+    "add_or_remove_one": "add-or-remove-one",
+    "replace_one": "replace-one",
+    "replace_special": "zero-out",
+}
+_ACCOUNTANT_LABELS = {"gaussian": "exact Gaussian", "pld": "PLD", "rdp": "RDP", "none": "no"}
+
+
+class ClaimLevel(StrEnum):
+    """How much of a claim is proved; an epsilon is shown for PROVED only."""
+
+    PROVED = "PROVED"
+    CONDITIONAL = "CONDITIONAL"
+    UNVERIFIED = "UNVERIFIED"
+    NONPRIVATE = "NONPRIVATE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyClaim:
+    """A statement about the privacy of everything released, with its conditions.
+
+    Attributes:
+        level: How much is proved.
+        epsilon: The bound; None unless the level is PROVED, so that no other number can be ranked or quoted.
+        delta: The delta of the statement.
+        relation: Name of the neighbouring relation.
+        unit: The privacy unit in words.
+        accountant: "gaussian", "pld", "rdp" or "none".
+        sampler: How records entered the releases, and whether the sampling was executed or assumed.
+        num_releases: Number of charged releases.
+        mechanism: Name of the mechanism.
+        assumptions: What the claim rests on beyond a proof: components taken as public, steps not checked.
+        not_covered: What the epsilon does not speak of.
+        warnings: What a reader should weigh (a delta too large, an accountant's fallback).
+
+    Raises:
+        ConfigurationError: An epsilon with a level other than PROVED, or PROVED without a finite one.
+    """
+
+    level: ClaimLevel
+    epsilon: float | None
+    delta: float
+    relation: str
+    unit: str
+    accountant: str
+    sampler: str
+    num_releases: int
+    mechanism: str
+    assumptions: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = DEFAULT_NOT_COVERED
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "level", ClaimLevel(self.level))
+        relation_name(parse_relation(self.relation))
+        checked_delta(self.delta)
+        is_finite = self.epsilon is not None and math.isfinite(self.epsilon) and self.epsilon >= 0.0
+        if (self.level is ClaimLevel.PROVED) != (self.epsilon is not None) or (
+            self.epsilon is not None and not is_finite
+        ):
+            raise ConfigurationError(
+                f"Expected a finite epsilon >= 0 with level PROVED and none with any other, got level={self.level}, "
+                f"epsilon={self.epsilon!r}."
+            )
+        for name in ("assumptions", "not_covered", "warnings"):
+            object.__setattr__(self, name, tuple(str(text) for text in getattr(self, name)))
+
+    def statement(self) -> str:
+        """Return the claim in one line; epsilon is rounded up and shown only when PROVED.
+
+        Returns:
+            For example "(epsilon=0.998, delta=1e-05)-DP per record, replace-one, exact Gaussian accountant, 400
+            releases of TopAgg: PROVED".
+        """
+        plural = "release" if self.num_releases == 1 else "releases"
+        releases = f"{self.num_releases} {plural} of {self.mechanism}"
+        scope = f"per {self.unit}, {_RELATION_LABELS[self.relation]}"
+        if self.level is ClaimLevel.PROVED and self.epsilon is not None:
+            shown = f"(epsilon={_rounded_up(self.epsilon)}, delta={self.delta!r})-DP {scope}"
+            line = f"{shown}, {_ACCOUNTANT_LABELS.get(self.accountant, self.accountant)} accountant, {releases}: PROVED"
+        elif self.level is ClaimLevel.NONPRIVATE:
+            line = f"No differential privacy {scope}: {releases} hold no bound on any record: NONPRIVATE"
+        else:
+            held = "taken as public" if self.level is ClaimLevel.CONDITIONAL else "assumed, not checked"
+            reasons = "; ".join(self.assumptions)
+            line = f"No epsilon is stated {scope}, {releases}; {held}: {reasons}: {self.level}"
+        return " ".join(line.split())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dictionary of every field and the statement.
+
+        Returns:
+            The dictionary; `from_dict` inverts it.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return plain | {"level": str(self.level), "statement": self.statement()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a claim.
+
+        Args:
+            data: What `to_dict` returned.
+
+        Returns:
+            The claim.
+
+        Raises:
+            ConfigurationError: Unknown or missing fields, an invalid value, or a statement that is not the claim's own.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, Mapping) or set(data) - {"statement"} != names:
+            raise ConfigurationError(f"Expected a claim with exactly the fields {sorted(names)}, got {data!r}.")
+        try:
+            claim = cls(**{name: data[name] for name in names})
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"Expected a valid claim: {error}") from error
+        if data.get("statement", claim.statement()) != claim.statement():
+            raise ConfigurationError(
+                f"Expected the claim's own statement {claim.statement()!r}, got statement={data['statement']!r}."
+            )
+        return claim
+
+
+def make_claim(
+    ledger_or_counts: PrivacyLedger | Counts,
+    *,
+    delta: float,
+    relation: str | NeighboringRelation,
+    unit: str,
+    mechanism: str,
+    num_records: int | None = None,
+    accountant: Accountant = "auto",
+    conditional_on: Sequence[str] = (),
+    unverified: Sequence[str] = (),
+    not_covered: Sequence[str] = DEFAULT_NOT_COVERED,
+    extra_warnings: Sequence[str] = (),
+) -> PrivacyClaim:
+    """Return what may be claimed of all releases in a ledger.
+
+    The level is the worst that applies: NONPRIVATE for a release without noise, UNVERIFIED for Poisson sampling that
+    was not executed or anything in `unverified`, CONDITIONAL for anything in `conditional_on`, else PROVED.
+
+    Args:
+        ledger_or_counts: The ledger, or its counts.
+        delta: Delta of the statement, in (0, 1).
+        relation: The neighbouring relation; a ledger's own must agree.
+        unit: The privacy unit in words; a ledger's own must agree.
+        mechanism: Name of the mechanism.
+        num_records: Number of records, for the warning about delta; taken from a ledger's header where it is there.
+        accountant: Which accountant, as in `compute_epsilon`.
+        conditional_on: Components assumed public (a pretrained network, say).
+        unverified: Steps of the proof that were not checked.
+        not_covered: What the epsilon does not speak of.
+        extra_warnings: Further warnings to carry.
+
+    Returns:
+        The claim.
+
+    Raises:
+        ConfigurationError: An invalid delta or relation, or one that contradicts the ledger.
+    """
+    relation, delta = parse_relation(relation), checked_delta(delta)
+    counts: Counts
+    if isinstance(ledger_or_counts, PrivacyLedger):
+        _check_agreement(ledger_or_counts, relation, unit)
+        num_records = num_records if num_records is not None else ledger_or_counts.header.get("num_records")
+        counts = ledger_or_counts.counts()
+    else:
+        counts = ledger_or_counts
+    counts = {key: count for key, count in counts.items() if count != 0}
+    assumed = [*unverified, *(_sampler(counts, executed=False))]
+    level = _level(counts, assumed, conditional_on)
+    warnings = list(extra_warnings)
+    result: EpsilonResult | None = None
+    if level is ClaimLevel.PROVED:
+        result = compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant)
+        warnings += result.notes
+    if num_records is not None and delta > 1 / num_records:
+        warnings.append(
+            f"delta={delta!r} is above 1 / num_records for num_records={num_records}: "
+            "publishing one whole record at random would satisfy it"
+        )
+    return PrivacyClaim(
+        level=level,
+        epsilon=result.epsilon if result else None,
+        delta=delta,
+        relation=relation_name(relation),
+        unit=unit,
+        accountant=result.accountant if result else "none",
+        sampler="; ".join([*_sampler(counts, executed=True), *_sampler(counts, executed=False)]) or "none",
+        num_releases=sum(counts.values()),
+        mechanism=mechanism,
+        assumptions=(*assumed, *conditional_on),
+        not_covered=tuple(not_covered),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _check_agreement(ledger: PrivacyLedger, relation: NeighboringRelation, unit: str) -> None:
+    """Refuse to speak of a relation or a unit for which the ledger's sensitivities were not computed."""
+    if relation is not ledger.relation or unit != ledger.unit:
+        raise ConfigurationError(
+            f"Expected the ledger's own relation={relation_name(ledger.relation)} and unit={ledger.unit!r}, "
+            f"got relation={relation_name(relation)}, unit={unit!r}. Sensitivities hold for the ledger's only."
+        )
+
+
+def _level(counts: Counts, assumed: Sequence[str], conditional_on: Sequence[str]) -> ClaimLevel:
+    if any(isinstance(event, NonPrivateRelease) for event, _ in counts):
+        return ClaimLevel.NONPRIVATE
+    if assumed:
+        return ClaimLevel.UNVERIFIED
+    return ClaimLevel.CONDITIONAL if conditional_on else ClaimLevel.PROVED
+
+
+def _sampler(counts: Counts, *, executed: bool) -> list[str]:
+    """Return the samplings in words, once each."""
+    words = []
+    for _, sampling in counts:
+        if sampling.executed is executed:
+            way = "executed" if executed else "assumed, not executed"
+            poisson = f"Poisson sampling at rate {sampling.rate:.6g} ({way})"
+            words.append("all records in every release" if sampling.scheme == "full" else poisson)
+    return list(dict.fromkeys(words))
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Return epsilon with three decimals, never below it: a claim must not promise more than was proved."""
+    return str(Decimal(repr(epsilon)).quantize(Decimal("0.001"), rounding=ROUND_CEILING))
