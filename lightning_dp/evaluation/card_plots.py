@@ -25,14 +25,8 @@ def epsilon_plot(curve: Curve, *, target: float | None = None) -> bytes:
     axes.plot(*_columns(curve), color=_COLOURS[0], linewidth=2, marker="o" if len(curve) < 2 else None)
     if isinstance(target, int | float):
         axes.axhline(target, color="#b3261e", linestyle="--", linewidth=1.2)
-        axes.annotate(
-            f"budget {target:g}",
-            (0.98, target),
-            ha="right",
-            xycoords=("axes fraction", "data"),
-            va="bottom",
-            color="#b3261e",
-        )
+        label = axes.annotate(f"budget {target:g}", (0, target), (4, -4), ("axes fraction", "data"), "offset points")
+        label.set(va="top", color="#b3261e")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
     return _png(figure)
