@@ -1,9 +1,9 @@
 """Attaches a mechanism to a method: checks the trainer, fixes the plan, opens the door."""
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -13,8 +13,10 @@ from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
-from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.base import PrivateModule, PublicFacts
 from lightning_dp.modules.release import ReleaseSession
+
+_logger = logging.getLogger(__name__)
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -35,17 +37,19 @@ class GradientPrivatizer(pl.Callback):
         self.plan: ReleasePlan | None = None
         self._attached = False
 
-    def plan_run(self, module: PrivateModule, max_steps: int | None) -> PrivacyBudget:
+    def plan_run(self, module: PrivateModule, data: PublicFacts, max_steps: int | None) -> PrivacyBudget:
         """Fix noise and length from public facts alone; the command line calls it before any data are read.
 
         Args:
             module: The method.
+            data: Public facts of the data.
             max_steps: Planned number of releases, None where open.
 
         Raises:
             ConfigurationError: Settings that do not fit together, or a pair without a proof.
         """
         settings = self.accountant.privacy
+        module.describe_data(data)
         spec = module.contribution_spec()
         self.mechanism.check(spec)
         # The length of a run without privacy is that of the private run which the same settings describe.
@@ -69,30 +73,29 @@ class GradientPrivatizer(pl.Callback):
                 f"GradientPrivatizer needs a PrivateModule, got {type(pl_module).__name__}: its gradients would leave "
                 "without a release. Derive the model from lightning_dp.modules.PrivateModule."
             )
-        self._refuse_unsafe_settings(trainer, pl_module)
-        budget = self.plan_run(pl_module, None if trainer.max_steps < 0 else trainer.max_steps)
+        self._refuse_unsafe_settings(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        num_records = getattr(data, "num_records", None)
+        if data is None:
+            raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")
+        budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
+        _refuse_coupled_records(pl_module)
+        pl_module.planned_releases = budget.num_releases
         settings = self.accountant.privacy
         header = {
             "relation": relation_name(settings.relation),
             "unit": self._plan.spec.unit,
-            "dataset": getattr(data, "name", None),
-            "num_records": num_records,
-            "fingerprint": getattr(data, "fingerprint", None),
+            "mechanism": type(self.mechanism).__name__,
+            "target_delta": settings.target_delta,
+            "accountant": settings.accountant,
+            "unverified": ["that noise is secret: privacy.insecure_seed fixes it"]
+            * (settings.insecure_seed is not None),
+            "dataset": data.name,
+            "num_records": data.num_records,
+            "fingerprint": data.fingerprint,
         }
-        unverified = ("the noise: privacy.insecure_seed fixes it",) if settings.insecure_seed is not None else ()
-        self.accountant.open(
-            budget,
-            header,
-            unit=self._plan.spec.unit,
-            mechanism=type(self.mechanism).__name__,
-            num_records=num_records,
-            unverified=unverified,
-            extra_assumptions=(*pl_module.assumptions(),),
-        )
+        self.accountant.open(budget, header)
         if self.mechanism.is_private:
-            rank_zero_info(
+            _logger.info(
                 f"Privacy: {budget.num_releases} releases of {type(self.mechanism).__name__}, noise multiplier "
                 f"{budget.noise_multiplier:.4g} (noise std {self.mechanism.noise_std(self._plan):.4g}), "
                 f"budget epsilon={budget.epsilon:.4g} at delta={budget.delta:g}, {header['relation']}."
@@ -122,7 +125,7 @@ class GradientPrivatizer(pl.Callback):
             raise PrivacyProtocolError("The plan is fixed by plan_run(), which setup() calls.")
         return self.plan
 
-    def _refuse_unsafe_settings(self, trainer: pl.Trainer, module: PrivateModule) -> None:
+    def _refuse_unsafe_settings(self, trainer: pl.Trainer) -> None:
         others = [c for c in trainer.callbacks if isinstance(c, GradientPrivatizer)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ConfigurationError(
@@ -153,13 +156,18 @@ class GradientPrivatizer(pl.Callback):
                 f"Expected one process, got {trainer.world_size}: teachers are not sharded over ranks yet. "
                 "Set trainer.devices to 1."
             )
-        if module.contribution_spec().kind == "record":
-            coupled = [name for name, layer in module.named_modules() if isinstance(layer, _BATCH_NORMS)]
-            if coupled:
-                raise ConfigurationError(
-                    f"Batch normalisation couples the records of a batch, so per-record clipping bounds nothing: "
-                    f"{', '.join(coupled)}. Use GroupNorm."
-                )
+
+
+def _refuse_coupled_records(module: PrivateModule) -> None:
+    """Refuse layers that mix the records of a batch where each record is bounded by itself."""
+    if module.contribution_spec().kind != "record":
+        return
+    coupled = [name for name, layer in module.named_modules() if isinstance(layer, _BATCH_NORMS)]
+    if coupled:
+        raise ConfigurationError(
+            "Batch normalisation couples the records of a batch, so per-record clipping bounds nothing: "
+            f"{', '.join(coupled)}. Use GroupNorm."
+        )
 
 
 def _stand_in() -> Mechanism:

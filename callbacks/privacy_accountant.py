@@ -1,18 +1,21 @@
 """Keeps the ledger of a run: epsilon after each release, a stop before the budget is crossed, resume without gaps."""
 
+import logging
+import secrets
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_dp.accounting.accountants import EpsilonResult, compute_epsilon, would_exceed
-from lightning_dp.accounting.claim import PrivacyClaim, make_claim
+from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
-from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+
+_logger = logging.getLogger(__name__)
 
 
 class PrivacyAccountant(pl.Callback):
@@ -31,7 +34,6 @@ class PrivacyAccountant(pl.Callback):
         self.ledger_path = ledger_path
         self.budget: PrivacyBudget | None = None
         self._ledger: PrivacyLedger | None = None
-        self._claim_facts: dict[str, Any] = {}
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -44,20 +46,29 @@ class PrivacyAccountant(pl.Callback):
             raise PrivacyProtocolError("The ledger is opened by GradientPrivatizer at setup; add that callback too.")
         return self._ledger
 
-    def open(self, budget: PrivacyBudget, header: dict[str, Any], **claim_facts: Any) -> None:
+    def open(self, budget: PrivacyBudget, header: dict[str, Any]) -> None:
         """Open the ledger, new or existing, under a budget that was decided beforehand.
 
         Args:
             budget: Noise, length and epsilon of the run.
-            header: Public facts that the ledger keeps: relation, unit, data set, ...
-            **claim_facts: What the claim says beyond the ledger (see `make_claim`).
+            header: Public facts of the run, from which the claim is made.
+
+        Raises:
+            ConfigurationError: The existing ledger is of another run.
         """
         self.budget = budget
-        self._claim_facts = claim_facts
-        if self.ledger_path is not None and self.ledger_path.exists():
-            self._ledger = PrivacyLedger.reopen(self.ledger_path)
-        else:
-            self._ledger = PrivacyLedger(header, self.ledger_path)
+        if self.ledger_path is None or not self.ledger_path.exists():
+            self._ledger = PrivacyLedger({**header, "run_id": secrets.token_hex(8)}, self.ledger_path)
+            return
+        self._ledger = PrivacyLedger.reopen(self.ledger_path)
+        for name, value in header.items():
+            found = self._ledger.header.get(name)
+            if found != value:
+                self._ledger.close()
+                raise ConfigurationError(
+                    f"The ledger {self.ledger_path} was opened with {name}={found!r}, now {name}={value!r}. "
+                    "Resume with the settings of the run, or start a new run in another --run_dir."
+                )
 
     def spent(self) -> EpsilonResult:
         """Return epsilon of all releases so far."""
@@ -70,9 +81,7 @@ class PrivacyAccountant(pl.Callback):
 
     def claim(self) -> PrivacyClaim:
         """Return what can be said of everything released so far."""
-        return make_claim(
-            self.ledger, delta=self.privacy.target_delta, relation=self.privacy.relation, **self._claim_facts
-        )
+        return claim_from_ledger(self.ledger)
 
     def check_release(self, event: ReleaseEvent, sampling: Sampling) -> None:
         """Refuse a release that would cross the budget.
@@ -118,7 +127,7 @@ class PrivacyAccountant(pl.Callback):
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         last = next(reversed(self.ledger.counts()), None) if len(self.ledger) else None
         if last is not None and self._is_beyond_budget(*last):
-            rank_zero_info(f"Privacy budget spent after {len(self.ledger)} releases; the run ends.")
+            _logger.info(f"Privacy budget spent after {len(self.ledger)} releases; the run ends.")
             trainer.should_stop = True
 
     @override

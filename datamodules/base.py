@@ -100,7 +100,6 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self.steps_per_epoch = steps_per_epoch
         self.name = self.facts.name
         self._splits: ImageSplits | None = None
-        self._fingerprint: str | None = None
 
     @abstractmethod
     def read(self) -> ImageSplits:
@@ -178,18 +177,18 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the training images and labels in use, to tie a ledger to its records.
+        """SHA-256 (hex) of what is public about the records in use: name, sizes, published checksums, `num_train`.
 
-        It is not a private release: whoever holds a candidate data set can compare it. It stands in run folders for
-        data sets whose files are published; do not publish it for records that are secret.
+        Known before `setup`. It ties ledgers of the same data set together and is never computed from records: a hash
+        of private records in a run card would let anyone who knows all but one of them test guesses of that one.
         """
-        if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for part in (self.train_images, self.train_labels.to(torch.uint8)):
-                digest.update(repr(tuple(part.shape)).encode())
-                digest.update(part.contiguous().numpy().data)
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        facts = (self.facts, self.published_checksums, self.num_records)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @property
+    def published_checksums(self) -> tuple[str, ...]:
+        """Checksums that the publisher states, and that `read` verifies; none for unpublished records."""
+        return ()
 
     def teacher_partition(
         self, num_teachers: int, *, method: PartitionMethod = "permutation", key: int = 0

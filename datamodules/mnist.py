@@ -36,6 +36,11 @@ class IdxDataModule(ImageDataModule):
         super().__init__(num_train=num_train, steps_per_epoch=steps_per_epoch)
         self.root = root
 
+    @property
+    def published_checksums(self) -> tuple[str, ...]:
+        """SHA-256 of the uncompressed training files."""
+        return (self.files.train_images.sha256, self.files.train_labels.sha256)
+
     def read(self) -> ImageSplits:
         """Read and verify the four files.
 

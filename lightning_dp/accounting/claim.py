@@ -12,7 +12,7 @@ from dp_accounting import NeighboringRelation
 from lightning_dp.accounting.accountants import Accountant, Counts, EpsilonResult, checked_delta, compute_epsilon
 from lightning_dp.accounting.events import NonPrivateRelease, parse_relation, relation_name
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.errors import ConfigurationError
+from lightning_dp.errors import ConfigurationError, LedgerError
 
 DEFAULT_NOT_COVERED: tuple[str, ...] = (
     "the choice of hyper-parameters, if it looked at the private records",
@@ -218,6 +218,39 @@ def make_claim(
         assumptions=(*assumed, *conditional_on),
         not_covered=tuple(not_covered),
         warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> PrivacyClaim:
+    """Return the claim of a run from its ledger alone; a run's own claim is made by the same call.
+
+    The header holds, besides relation, unit and number of records: mechanism, target_delta, accountant, and the lists
+    conditional_on and unverified.
+
+    Args:
+        ledger: The ledger of a run.
+        delta: Delta of the statement; None takes the run's own.
+
+    Raises:
+        LedgerError: The header was not written by a run.
+    """
+    header = ledger.header
+    try:
+        mechanism, own_delta = str(header["mechanism"]), float(header["target_delta"])
+    except (KeyError, TypeError, ValueError):
+        raise LedgerError(
+            "Expected a ledger whose header names mechanism and target_delta, as every run writes it, got "
+            f"{sorted(header)}."
+        ) from None
+    return make_claim(
+        ledger,
+        delta=own_delta if delta is None else delta,
+        relation=ledger.relation,
+        unit=ledger.unit,
+        mechanism=mechanism,
+        accountant=header.get("accountant", "auto"),
+        conditional_on=tuple(header.get("conditional_on", ())),
+        unverified=tuple(header.get("unverified", ())),
     )
 
 

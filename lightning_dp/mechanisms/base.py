@@ -331,5 +331,7 @@ def zero_non_finite(rows: Tensor) -> Tensor:
 
     A factor of zero would not do (0 * NaN is NaN), so the values are selected, not multiplied.
     """
+    if bool(torch.isfinite(rows.sum())):  # one pass: a NaN or an infinity anywhere makes the sum one
+        return rows
     finite = torch.isfinite(rows).all(dim=-1, keepdim=True)
     return torch.where(finite, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))

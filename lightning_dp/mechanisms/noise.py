@@ -1,7 +1,7 @@
 """The secret noise source: float64 draws keyed by (secret, release number, leaf), never a stream that could be replayed.
 
-Every draw comes from a fresh counter-based generator (NumPy's Philox-4x64) whose 128-bit key is the BLAKE2b hash of the
-process secret and the draw's name. The result does not depend on the order of the draws, on chunking or on the rank.
+Every draw comes from a fresh counter-based generator (NumPy's Philox-4x64) whose 128-bit key is the BLAKE2b hash of
+the process secret and the draw's name. The result does not depend on the order of the draws, on chunking or on the rank.
 The secret is read from the operating system at every process start, lives in memory only, and is never logged, pickled
 or saved, so a resumed run cannot repeat noise. Philox is not a cryptographic generator: the guarantee covers observers
 who see released values, not one who can invert Philox from them.
@@ -49,8 +49,8 @@ class NoiseSource:
     def gaussian(self, shape: tuple[int, ...], *, std: float, release_number: int, leaf: str = "noise") -> Tensor:
         """Return float64 Gaussian noise on the CPU.
 
-        NumPy's ziggurat has no bound on its tail; float32 Box-Muller draws stop at 5.77 standard deviations, which alone
-        costs a delta above 1e-5 in long runs (Mironov 2012; the tail is measured in the tests).
+        NumPy's ziggurat has no bound on its tail; float32 Box-Muller draws stop at 5.77 standard deviations, which
+        alone costs a delta above 1e-5 in long runs.
 
         Args:
             shape: Shape of the noise.

@@ -1,6 +1,7 @@
 """TopAgg: top-k sign votes of the rows, noisy sum, threshold (DataLens, Wang et al. 2021, CCS, Algorithm 2)."""
 
 import math
+from functools import lru_cache
 from typing import Literal, final
 
 import torch
@@ -166,6 +167,7 @@ class TopAgg(Mechanism):
         )
 
 
+@lru_cache(maxsize=2)  # the same basis serves every chunk of a release
 def public_rotation(dim: int, public_seed: int, release_number: int) -> Tensor:
     """Return a random orthonormal basis, (dim, dim), float64, a function of public numbers only."""
     generator = torch.Generator().manual_seed((public_seed * 1_000_003 + release_number) % (2**63))

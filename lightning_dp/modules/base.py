@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -10,10 +10,49 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.accounting.events import Sampling
-from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.release import Released, ReleaseSession
+from lightning_dp.networks.generator import Generator
+
+_NO_PRIVATIZER = (
+    "No GradientPrivatizer is attached. Add callbacks.GradientPrivatizer to the trainer (the command line does so), or "
+    "choose its mechanism NoPrivacy for a run without privacy."
+)
+
+
+class PublicFacts(Protocol):
+    """What a data module says of its records before it reads them; configuration, not a release."""
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data set, from published facts only: a hash of private records would be a release."""
+        ...
+
+    @property
+    def num_records(self) -> int:
+        """Number of training records."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        ...
+
+    def teacher_partition(self, num_teachers: int, *, method: Literal["permutation", "hash"], key: int) -> Any:
+        """Return who holds which record; refuses more teachers than records."""
+        ...
 
 
 class PrivateModule(pl.LightningModule, ABC):
@@ -28,6 +67,8 @@ class PrivateModule(pl.LightningModule, ABC):
         self.automatic_optimization = False
         self._session: ReleaseSession | None = None
         self._stamps: dict[int, tuple[Tensor, int]] = {}
+        self._facts: PublicFacts | None = None
+        self.planned_releases = 0
 
     # What a method declares ------------------------------------------------------------------------------------------
 
@@ -35,18 +76,41 @@ class PrivateModule(pl.LightningModule, ABC):
     def contribution_spec(self) -> ContributionSpec:
         """Return public facts about the rows of one release; must not look at data."""
 
+    def describe_data(self, data: PublicFacts) -> None:
+        """Take the public facts of the data; called before any record is read.
+
+        Raises:
+            ConfigurationError: The data do not fit the method.
+        """
+        self._facts = data
+
+    @property
+    def facts(self) -> PublicFacts:
+        """Public facts of the data.
+
+        Raises:
+            PrivacyProtocolError: `describe_data` was not called: no GradientPrivatizer is attached.
+        """
+        if self._facts is None:
+            raise PrivacyProtocolError(_NO_PRIVATIZER)
+        return self._facts
+
     @abstractmethod
     def released_networks(self) -> dict[str, nn.Module]:
         """Return the networks that leave at the end; their optimizers accept released gradients only."""
+
+    def released_generator(self) -> Generator:
+        """Return the generator that is sampled, evaluated and published.
+
+        Raises:
+            ConfigurationError: The method trains no generator.
+        """
+        raise ConfigurationError(f"{type(self).__name__} trains no generator, so it cannot be sampled.")
 
     @property
     def sampling(self) -> Sampling:
         """How units enter a release; the default is that all of them do."""
         return Sampling(scheme="full")
-
-    def assumptions(self) -> tuple[str, ...]:
-        """Return what the claim takes for granted, in words."""
-        return ()
 
     # The door --------------------------------------------------------------------------------------------------------
 
@@ -65,10 +129,7 @@ class PrivateModule(pl.LightningModule, ABC):
             PrivacyProtocolError: No privatizer is attached, the step has released already, or the budget is spent.
         """
         if self._session is None:
-            raise PrivacyProtocolError(
-                "release() was called but no GradientPrivatizer is attached. Add callbacks.GradientPrivatizer to the "
-                "trainer (the command line does so), or choose its mechanism NoPrivacy for a run without privacy."
-            )
+            raise PrivacyProtocolError(_NO_PRIVATIZER)
         return self._session.release(chunks, shape, self.device)
 
     def backward_released(self, outputs: Tensor, released: Released) -> None:
@@ -103,10 +164,7 @@ class PrivateModule(pl.LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Allow one release in the coming step."""
         if self._session is None:
-            raise PrivacyProtocolError(
-                "No GradientPrivatizer is attached. Add callbacks.GradientPrivatizer to the trainer (the command line "
-                "does so), or choose its mechanism NoPrivacy for a run without privacy."
-            )
+            raise PrivacyProtocolError(_NO_PRIVATIZER)
         self._session.begin_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

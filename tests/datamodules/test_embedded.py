@@ -27,10 +27,6 @@ def test_shapes_and_counts(digits):
     assert digits.train_images.untyped_storage().nbytes() == 4000 * 784
 
 
-def test_fingerprint_is_pinned(digits):
-    assert digits.fingerprint == "51d2deadbee9bfc736147c3982a9c61f191e24538943db3528bb1276bb392dcd"
-
-
 def test_any_prefix_is_balanced():
     module = EmbeddedDigits(num_train=50)
     module.setup()

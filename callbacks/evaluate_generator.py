@@ -1,0 +1,67 @@
+"""Judges the released generator against the real test split, during or after training."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult, evaluate_samples
+from lightning_dp.modules.base import PrivateModule
+
+
+class EvaluateGenerator(pl.Callback):
+    """Samples the released generator and logs FID, precision, recall and downstream accuracy.
+
+    The test split is no part of the training records. Its numbers are for the reader: nothing in the run depends on
+    them, and no checkpoint is chosen by them.
+
+    Args:
+        protocol: How samples are judged.
+        every_n_releases: Also evaluate during training; null evaluates at the end only.
+        sample_seed: Seed of the samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        protocol: EvaluationProtocol | None = None,
+        every_n_releases: int | None = None,
+        sample_seed: int = 1,
+    ) -> None:
+        if every_n_releases is not None and every_n_releases < 1:
+            raise ConfigurationError(f"Expected evaluation.every_n_releases >= 1 (or null), got {every_n_releases=}.")
+        self.protocol = protocol if protocol is not None else EvaluationProtocol()
+        self.every_n_releases = every_n_releases
+        self.sample_seed = sample_seed
+        self.result: EvaluationResult | None = None
+        self._num_batches = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._num_batches += 1
+        if self.every_n_releases is not None and self._num_batches % self.every_n_releases == 0:
+            self._evaluate(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluate(trainer, pl_module)
+
+    @rank_zero_only
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PrivateModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        with torch.random.fork_rng():
+            images, labels = pl_module.released_generator().sample(self.protocol.num_samples, seed=self.sample_seed)
+            self.result = evaluate_samples(images, labels, data.test_images, data.test_labels, self.protocol)
+        for logger in trainer.loggers:
+            logger.log_metrics(flat_metrics(self.result), step=trainer.global_step)
+
+
+def flat_metrics(result: EvaluationResult) -> dict[str, float]:
+    """Return the numbers of an evaluation under the names that loggers see."""
+    return {f"eval/{name}": value for name, value in result.metrics().items()}

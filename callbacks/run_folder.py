@@ -1,0 +1,166 @@
+"""Writes what a run leaves behind: claim, run card, and the release checkpoint."""
+
+import datetime
+import json
+import platform
+import resource
+import sys
+import time
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
+
+from callbacks.evaluate_generator import EvaluateGenerator
+from callbacks.gradient_privatizer import GradientPrivatizer, run_summary
+from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.evaluation.report import RunCard, write_run_card
+from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.published import save_generator
+
+CLAIM_FILE = "claim.json"
+GRID_FILE = "samples.png"
+RELEASE_FOLDER = "release"
+_PACKAGES = ("lightning-dp", "torch", "pytorch-lightning", "dp-accounting", "torchmetrics", "numpy")
+_CURVE_POINTS = 60
+
+
+class RunFolder(pl.Callback):
+    """Fills the run folder at the end of a run; the ledger and the private checkpoint are written as it goes.
+
+    Args:
+        path: The run folder.
+        privatizer: Knows mechanism, plan and ledger.
+        evaluation: Holds the quality of the released samples; null leaves it out of the card.
+        config: The resolved configuration, JSON-ready.
+        title: One line that names the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Path,
+        privatizer: GradientPrivatizer,
+        evaluation: EvaluateGenerator | None,
+        config: dict[str, Any],
+        title: str,
+    ) -> None:
+        self.path = path
+        self.privatizer = privatizer
+        self.evaluation = evaluation
+        self.config = config
+        self.title = title
+        self.card: RunCard | None = None
+        self._start = time.monotonic()
+        self._train_time_s = 0.0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.monotonic()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # First of the callbacks, so that evaluation does not count as training.
+        self._train_time_s = time.monotonic() - self._start
+
+    @override
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(pl_module, PrivateModule):
+            raise PrivacyProtocolError("RunFolder was moved to another module after setup.")
+        claim = self.privatizer.accountant.claim()
+        (self.path / CLAIM_FILE).write_text(
+            json.dumps({**claim.to_dict(), "statement": claim.statement()}, indent=2) + "\n"
+        )
+        save_generator(self.path / RELEASE_FOLDER, pl_module.released_generator(), claim.to_dict())
+        self.card = self._make_card(trainer, pl_module)
+        write_run_card(self.path, self.card)
+        metrics = {"privacy/final_epsilon": claim.epsilon} if claim.epsilon is not None else {}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics | {"cost/train_time_s": self._train_time_s}, step=trainer.global_step)
+
+    def _make_card(self, trainer: pl.Trainer, module: PrivateModule) -> RunCard:
+        accountant, data = self.privatizer.accountant, trainer.datamodule  # type: ignore[attr-defined]
+        claim, budget, privacy = accountant.claim(), accountant.budget, accountant.privacy
+        result = self.evaluation.result if self.evaluation is not None else None
+        generator = module.released_generator()
+        evaluation_time_s = result.wall_time_s if result is not None else 0.0
+        return RunCard(
+            title=self.title,
+            run_id=str(accountant.ledger.header.get("run_id", self.path.name)),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            claim=claim.to_dict(),
+            claim_statement=claim.statement(),
+            budget={
+                "target_epsilon": privacy.target_epsilon,
+                "target_delta": privacy.target_delta,
+                "planned_releases": budget.num_releases if budget is not None else None,
+                "releases": len(accountant.ledger),
+            },
+            mechanism=run_summary(self.privatizer),
+            sampler=module.sampling.to_dict(),
+            seed_policy=(
+                f"noise: fixed by privacy.insecure_seed={privacy.insecure_seed}, not private"
+                if privacy.insecure_seed is not None
+                else "noise: fresh secret from the operating system at every process start, never saved; "
+                "latents, labels and initial weights: public seed of the configuration"
+            ),
+            data={
+                "name": data.name,
+                "num_records": data.num_records,
+                "image_shape": list(data.image_shape),
+                "fingerprint": data.fingerprint,
+            },
+            model={
+                "method": type(module).__name__,
+                "generator": type(generator).__name__,
+                "parameters": sum(parameter.numel() for parameter in generator.parameters()),
+            },
+            evaluation=result.to_dict() if result is not None else None,
+            epsilon_curve=self._epsilon_curve(),
+            cost={
+                "train_time_s": self._train_time_s,
+                "evaluation_time_s": evaluation_time_s,
+                "total_time_s": time.monotonic() - self._start,
+                "peak_memory_mb": _peak_memory_mb(),
+                "device": str(module.device),
+                "machine": f"{platform.machine()}, {platform.system()}",
+            },
+            versions=_versions(),
+            config=self.config,
+            sample_grid=GRID_FILE if (self.path / GRID_FILE).exists() else None,
+        )
+
+    def _epsilon_curve(self) -> tuple[tuple[float, float], ...]:
+        accountant = self.privatizer.accountant
+        if accountant.claim().epsilon is None:
+            return ()
+        entries = accountant.ledger.entries
+        stride = max(1, len(entries) // _CURVE_POINTS)
+        points = sorted({*range(stride, len(entries), stride), len(entries)})
+        curve = []
+        for count in points:
+            counts = Counter((entry.event, entry.sampling) for entry in entries[:count])
+            spent = compute_epsilon(counts, delta=accountant.privacy.target_delta, relation=accountant.privacy.relation)
+            curve.append((float(count), spent.epsilon))
+        return tuple(curve)
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

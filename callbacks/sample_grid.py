@@ -1,0 +1,58 @@
+"""Draws a grid of released samples, into the run folder and the loggers that take images."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.evaluation.grid import save_sample_grid
+from lightning_dp.modules.base import PrivateModule
+
+
+class SampleGrid(pl.Callback):
+    """Saves samples of the released generator, one class a row.
+
+    Args:
+        path: The PNG file; overwritten by the newest grid.
+        per_class: Images of each class.
+        every_n_releases: Also draw during training; null draws at the end only.
+        sample_seed: Seed of the samples, the same for every grid of a run.
+    """
+
+    def __init__(
+        self, *, path: Path, per_class: int = 10, every_n_releases: int | None = None, sample_seed: int = 2
+    ) -> None:
+        if per_class < 1 or (every_n_releases is not None and every_n_releases < 1):
+            raise ConfigurationError(f"Expected grid.per_class and every_n_releases >= 1, got {per_class=}.")
+        self.path = path
+        self.per_class = per_class
+        self.every_n_releases = every_n_releases
+        self.sample_seed = sample_seed
+        self._num_batches = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._num_batches += 1
+        if self.every_n_releases is not None and self._num_batches % self.every_n_releases == 0:
+            self._draw(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer, pl_module)
+
+    @rank_zero_only
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PrivateModule)
+        generator = pl_module.released_generator()
+        labels = torch.arange(generator.num_classes).repeat_interleave(self.per_class)
+        images, labels = generator.sample(len(labels), seed=self.sample_seed, labels=labels)
+        save_sample_grid(self.path, images, labels, per_class=self.per_class)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [str(self.path)], step=trainer.global_step)

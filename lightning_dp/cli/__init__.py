@@ -1,0 +1,77 @@
+"""The command line: ``lightning-dp fit | sample | evaluate | account | data fetch``.
+
+Mistakes of the user end in one line on standard error and exit code 2. Heavy imports wait until a command needs them.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+
+USAGE = """lightning-dp: differentially private generative models on PyTorch Lightning
+
+  lightning-dp fit --config FILE [flags]     train a private generator under a stated budget
+  lightning-dp sample RUN --num 10000        draw samples of a run's released generator
+  lightning-dp evaluate RUN                  judge them against the real test split
+  lightning-dp account RUN [--delta D]       recompute epsilon from the ledger alone
+  lightning-dp data fetch NAME               fill ./data with verified files (mnist, fashion-mnist)
+
+Flags over a configuration:
+  --mechanism TopAgg|Gaussian|NoPrivacy      swap the mechanism; its options: --mechanism.help NAME
+  --privacy.target_epsilon 1                 calibrate the noise (or the length) to a budget
+  --privacy.noise_multiplier 40              or give the noise
+  --trainer.max_steps 400                    number of releases
+  --run_dir DIR --ckpt_path last             resume a run
+
+'lightning-dp COMMAND --help' lists all flags of a command. Configurations to start from: configs/experiment/."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; None takes them from the process.
+
+    Returns:
+        Exit code: 0 done, 1 a broken privacy protocol, 2 a mistake of the user in one line.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        from lightning_dp import __version__
+
+        print(f"lightning-dp {__version__}")
+        return 0
+    try:
+        return _command(arguments[0])(arguments[1:])
+    except ConfigurationError as error:
+        return _fail(f"{error}", 2)
+    except PrivacyProtocolError as error:
+        return _fail(f"privacy protocol broken: {error}", 1)
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    from lightning_dp.cli import commands
+
+    known = {
+        "fit": commands.fit,
+        "sample": commands.sample,
+        "evaluate": commands.evaluate,
+        "account": commands.account,
+        "data": commands.data,
+    }
+    if name not in known:
+        from lightning_dp.cli.parsing import nearest
+
+        raise ConfigurationError(f"Unknown command {name!r}; choose from {', '.join(known)}.{nearest(name, known)}")
+    for plugin in entry_points(group="lightning_dp.plugins"):
+        plugin.load()
+    return known[name]
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lightning-dp: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

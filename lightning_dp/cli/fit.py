@@ -1,0 +1,243 @@
+"""``lightning-dp fit``: one run from one configuration, with the mechanism and the budget as flags."""
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import yaml
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+
+from callbacks import EvaluateGenerator, GradientPrivatizer, PrivacyAccountant, RunFolder, SampleGrid
+from callbacks.run_folder import GRID_FILE
+from datamodules import ImageDataModule
+from lightning_dp.accounting.settings import PrivacySettings
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.evaluation.protocol import EvaluationProtocol
+from lightning_dp.evaluation.report import RunCard
+from lightning_dp.mechanisms.base import Mechanism
+from lightning_dp.modules.base import PrivateModule
+
+LEDGER_FILE = "ledger.jsonl"
+CONFIG_FILE = "config.yaml"
+PRIVATE_FOLDER = "private"
+LAST_CHECKPOINT = "last.ckpt"
+
+_TRAINER_DEFAULTS = {
+    "accelerator": "auto",
+    "devices": 1,
+    "max_epochs": -1,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+class FitCLI(LightningCLI):
+    """Parses a configuration and its overriding flags, and builds trainer, callbacks and run folder.
+
+    Args:
+        args: Command-line arguments after ``fit``.
+
+    Attributes:
+        run_dir: The run folder.
+        run_folder: The callback that holds the run card after `run`.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.run_dir = Path()
+        self.run_folder: RunFolder
+        self._ckpt_path: Path | None = None
+        super().__init__(
+            PrivateModule,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            args=args,
+            save_config_callback=None,
+            seed_everything_default=1,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            parser_kwargs={"exit_on_error": False, "prog": "lightning-dp fit"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the flags that every run has besides model, data and trainer."""
+        parser.add_subclass_arguments(Mechanism, "mechanism", required=True, help="How private rows become a release.")
+        parser.add_class_arguments(PrivacySettings, "privacy")
+        parser.add_class_arguments(EvaluationProtocol, "evaluation")
+        parser.add_argument("--name", type=str, default="run", help="Name of the experiment.")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME/TIME).")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="'last', or a private checkpoint, to resume from."
+        )
+        parser.add_argument("--checkpoint_every", type=int, default=100, help="Releases between private checkpoints.")
+        parser.add_argument("--evaluate", type=bool, default=True, help="Judge the released samples at the end.")
+        parser.add_argument(
+            "--evaluate_every", type=int | None, default=None, help="Also judge samples every so many releases."
+        )
+        parser.add_argument(
+            "--wandb",
+            type=Literal["auto", "online", "offline", "disabled"],
+            default="auto",
+            help="auto logs online when logged in, else offline.",
+        )
+        parser.add_argument("--wandb_project", type=str, default="lightning-dp", help="W&B project.")
+        parser.add_argument("--wandb_group", type=str | None, default=None, help="W&B group of a comparison.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Plan the run from public facts, make the run folder, then build callbacks, loggers and the trainer."""
+        options, config = self.config_init, self.config
+        accountant = PrivacyAccountant(privacy=options.privacy)
+        privatizer = GradientPrivatizer(mechanism=options.mechanism, accountant=accountant, public_seed=self.seed)
+        # Contradictory settings end here, before a record is read or a folder is made.
+        max_steps = options.trainer.max_steps
+        privatizer.plan_run(self.model, self.datamodule, None if max_steps < 0 else max_steps)
+        _refuse_own_callbacks(options.trainer)
+        self.run_dir, self._ckpt_path = resolve_run(options.name, options.run_dir, options.ckpt_path)
+        make_run_dir(self.run_dir)
+        accountant.ledger_path = self.run_dir / LEDGER_FILE
+        plain = yaml.safe_load(self.parser.dump(config, skip_none=False))
+        (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
+        evaluation = None
+        if options.evaluate:
+            evaluation = EvaluateGenerator(protocol=options.evaluation, every_n_releases=options.evaluate_every)
+        self.run_folder = RunFolder(
+            path=self.run_dir, privatizer=privatizer, evaluation=evaluation, config=plain, title=options.name
+        )
+        own: list[Callback] = [self.run_folder, privatizer, accountant]
+        own += [evaluation] if evaluation is not None else []
+        own += [SampleGrid(path=self.run_dir / GRID_FILE, every_n_releases=options.evaluate_every)]
+        own += [_checkpointer(self.run_dir, options.checkpoint_every)]
+        if options.trainer.enable_progress_bar is not False:
+            own.append(RichProgressBar())
+        given = {"callbacks": [*(options.trainer.callbacks or []), *own]}
+        given["logger"] = _loggers(self.run_dir, options, plain) if options.trainer.logger in (None, True) else False
+        return super().instantiate_trainer(**given, **kwargs)
+
+    @property
+    def seed(self) -> int:
+        """The public seed of the run."""
+        return int(self.config.seed_everything)
+
+    def run(self) -> RunCard:
+        """Train to the end of the budget and return the run card.
+
+        Raises:
+            ConfigurationError: The run ended without its card (interrupted).
+        """
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, weights_only=True)
+        if self.run_folder.card is None:
+            raise ConfigurationError(
+                f"The run in {self.run_dir} was interrupted; go on with the same command and --ckpt_path last."
+            )
+        return self.run_folder.card
+
+
+def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[Path, Path | None]:
+    """Return the run folder and the checkpoint to resume from.
+
+    Args:
+        name: Name of the experiment.
+        run_dir: The user's folder, or None for a new one under runs/NAME (or the newest there when resuming).
+        ckpt_path: None, "last", or a checkpoint file inside a run folder.
+
+    Raises:
+        ConfigurationError: Nothing to resume, or a folder that already holds a run.
+    """
+    if ckpt_path is None:
+        folder = Path(run_dir) if run_dir else Path("runs") / name / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        if (folder / LEDGER_FILE).exists():
+            raise ConfigurationError(
+                f"{folder} already holds a run (its releases are spent). Resume it with --ckpt_path last, "
+                "or give another --run_dir."
+            )
+        return folder, None
+    if ckpt_path != "last":
+        checkpoint = Path(ckpt_path)
+        if not checkpoint.is_file():
+            raise ConfigurationError(f"Expected a checkpoint file, found none at --ckpt_path {ckpt_path}.")
+        return Path(run_dir) if run_dir else checkpoint.resolve().parent.parent, checkpoint
+    if run_dir is None:
+        runs = sorted((Path("runs") / name).glob(f"*/{LEDGER_FILE}"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise ConfigurationError(f"--ckpt_path last found no run under runs/{name}; give its --run_dir.")
+        folder = runs[-1].parent
+    else:
+        folder = Path(run_dir)
+        if not (folder / LEDGER_FILE).exists():
+            raise ConfigurationError(f"--ckpt_path last found no ledger in {folder}; check --run_dir.")
+    checkpoint = folder / PRIVATE_FOLDER / LAST_CHECKPOINT
+    # Killed before the first checkpoint: training starts anew, what the ledger holds stays spent.
+    return folder, checkpoint if checkpoint.exists() else None
+
+
+def make_run_dir(folder: Path) -> None:
+    """Make the run folder and check that it can be written.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot write to the run folder {folder} ({error.strerror}); choose another with --run_dir."
+        ) from None
+
+
+def _checkpointer(run_dir: Path, every: int) -> ModelCheckpoint:
+    if every < 1:
+        raise ConfigurationError(f"Expected checkpoint_every >= 1, got checkpoint_every={every}.")
+    return ModelCheckpoint(
+        dirpath=run_dir / PRIVATE_FOLDER,
+        filename=LAST_CHECKPOINT.removesuffix(".ckpt"),
+        every_n_train_steps=every,
+        enable_version_counter=False,
+        save_top_k=1,
+        save_on_train_epoch_end=False,
+    )
+
+
+def _refuse_own_callbacks(trainer: Any) -> None:
+    for callback in trainer.callbacks or []:
+        if isinstance(callback, GradientPrivatizer | PrivacyAccountant):
+            raise ConfigurationError(
+                f"trainer.callbacks holds a {type(callback).__name__}; --mechanism and --privacy already make one."
+            )
+
+
+def _loggers(run_dir: Path, options: Any, config: dict[str, Any]) -> list[Logger]:
+    attempt = len(list((run_dir / "metrics").glob("attempt_*")))
+    loggers: list[Logger] = [CSVLogger(run_dir, name="metrics", version=f"attempt_{attempt}")]
+    if options.wandb != "disabled":
+        offline = options.wandb == "offline" or (options.wandb == "auto" and not _is_logged_in())
+        wandb_logger = WandbLogger(
+            project=options.wandb_project,
+            group=options.wandb_group,
+            name=f"{options.name}-{run_dir.name}",
+            save_dir=str(run_dir),
+            offline=offline,
+            log_model=False,
+        )
+        wandb_logger.log_hyperparams(config)
+        loggers.append(wandb_logger)
+    return loggers
+
+
+def _is_logged_in() -> bool:
+    if os.environ.get("WANDB_MODE") == "offline":
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return "api.wandb.ai" in netrc.read_text()
+    except OSError:
+        return False

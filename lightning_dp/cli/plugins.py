@@ -1,0 +1,10 @@
+"""Imports every class that a flag can name; importing it is what makes a class known."""
+
+from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
+from lightning_dp.gradients.energy_teachers import EnergyTeachers
+from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.mechanisms.no_privacy import NoPrivacy
+from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
+
+__all__ = ["DiscriminatorTeachers", "EnergyTeachers", "Gaussian", "NoPrivacy", "TeacherEnsembleGAN", "TopAgg"]

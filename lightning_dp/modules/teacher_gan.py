@@ -1,0 +1,269 @@
+"""Teacher-ensemble GAN: teachers of disjoint shards judge fake images; the generator follows their private aggregate.
+
+DataLens (Wang et al. 2021, CCS, Algorithm 1) with mechanism TopAgg and discriminator teachers; other mechanisms and
+other teachers plug in. What leaves is, per fake image, one released direction in the generator's output space.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.teachers import TeacherEnsemble, TeacherShards
+from lightning_dp.losses.energy import mean_unit_direction
+from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.networks.basis import PublicBasis
+from lightning_dp.networks.ema import ExponentialMovingAverage
+from lightning_dp.networks.generator import Generator
+
+# Purposes of public randomness; each has a stream of its own.
+_LATENT, _LABELS, _TEACHER_LATENT, _POOL = range(4)
+
+
+class TeacherEnsembleGAN(PrivateModule):
+    """A generator that learns from the released votes of teachers on disjoint shards.
+
+    Guarantee: a record reaches one teacher (class-wise: one per label it may have), whose rows the mechanism bounds;
+    all else that the generator sees is public or released. The sensitivity stands in `ContributionSpec.teachers` and
+    `ContributionSpec.class_wise_teachers`.
+
+    Args:
+        generator: The network that leaves.
+        teachers: The ensemble; its records, parameters and optimizer states stay.
+        basis: Public basis in which teachers judge images; null judges pixels, as the paper does.
+        images_per_step: Fake images judged in one release.
+        partition: How records are dealt to teachers: a fixed permutation of slots, or a keyed hash of record ids.
+        partition_key: Public key of the partition.
+        step_size: Scale of the released direction (alpha of the paper; Adam makes it nearly irrelevant).
+        repulsion: Weight of the public half of the energy distance: fakes of one label push each other apart. Only
+            generated images enter it. 0 leaves it out, as discriminator teachers want.
+        pool_per_class: Fakes of each label that do the pushing.
+        learning_rate: Adam's learning rate for the generator.
+        betas: Adam's betas.
+        final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
+        ema_decay: Decay of the moving average of the generator that is released; 0 releases the last iterate.
+        public_seed: Seed of latents and labels; not of the noise.
+
+    Raises:
+        ConfigurationError: A value is out of range, or generator and teachers do not fit.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        teachers: TeacherEnsemble,
+        basis: PublicBasis | None = None,
+        *,
+        images_per_step: int = 30,
+        partition: Literal["permutation", "hash"] = "permutation",
+        partition_key: int = 0,
+        step_size: float = 1e-3,
+        repulsion: float = 0.0,
+        pool_per_class: int = 100,
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.5, 0.999),
+        final_learning_rate_share: float = 1.0,
+        ema_decay: float = 0.0,
+        public_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_positive(
+            images_per_step=images_per_step,
+            step_size=step_size,
+            learning_rate=learning_rate,
+            pool_per_class=pool_per_class,
+        )
+        if not 0 <= ema_decay < 1:
+            raise ConfigurationError(f"Expected 0 <= model.ema_decay < 1, got ema_decay={ema_decay}.")
+        if not 0 < final_learning_rate_share <= 1:
+            raise ConfigurationError(
+                f"Expected 0 < model.final_learning_rate_share <= 1, got {final_learning_rate_share=}."
+            )
+        if not (math.isfinite(repulsion) and repulsion >= 0):
+            raise ConfigurationError(f"Expected model.repulsion >= 0, got {repulsion=}.")
+        self.generator = generator
+        self.average = ExponentialMovingAverage(generator, decay=ema_decay) if ema_decay > 0 else None
+        self.teachers = teachers
+        self.basis = basis
+        self.images_per_step = images_per_step
+        self.partition: Literal["permutation", "hash"] = partition
+        self.partition_key = partition_key
+        self.step_size = step_size
+        self.repulsion = repulsion
+        self.pool_per_class = pool_per_class
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.final_learning_rate_share = final_learning_rate_share
+        self.public_seed = public_seed
+        self._round = 0
+        self._class_wise = teachers.row_structure(images_per_step).class_wise
+        if self._class_wise and images_per_step % generator.num_classes:
+            raise ConfigurationError(
+                f"Expected model.images_per_step to be a multiple of the {generator.num_classes} classes, got "
+                f"{images_per_step=}: class-wise teachers judge a fixed number of images per class."
+            )
+
+    # Public facts ----------------------------------------------------------------------------------------------------
+
+    @override
+    def describe_data(self, data: PublicFacts) -> None:
+        super().describe_data(data)
+        if data.image_shape != self.generator.image_shape or data.num_classes != self.generator.num_classes:
+            raise ConfigurationError(
+                f"The generator makes images {self.generator.image_shape} of {self.generator.num_classes} classes, but "
+                f"the data are {data.image_shape} of {data.num_classes}; change model.generator or data."
+            )
+        data.teacher_partition(self._num_teachers, method=self.partition, key=self.partition_key)
+
+    @property
+    def vector_dim(self) -> int:
+        """Length of the vector that teachers judge for one image."""
+        return self.basis.dim if self.basis is not None else math.prod(self.generator.image_shape)
+
+    @property
+    def _num_teachers(self) -> int:
+        return self.teachers.num_teachers or self.facts.num_records
+
+    @override
+    def contribution_spec(self) -> ContributionSpec:
+        structure = self.teachers.row_structure(self.images_per_step)
+        if structure.class_wise:
+            return ContributionSpec.class_wise_teachers(
+                num_teachers=self._num_teachers,
+                num_classes=self.generator.num_classes,
+                images_per_class=self.images_per_step // self.generator.num_classes,
+                vector_dim=self.vector_dim,
+                single_record=structure.single_record,
+                partition=self.partition,
+            )
+        return ContributionSpec.teachers(
+            num_teachers=self._num_teachers,
+            vectors_per_row=structure.images_per_row,
+            vector_dim=self.vector_dim,
+            partition=self.partition,
+        )
+
+    @override
+    def released_networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator}
+
+    @override
+    def released_generator(self) -> Generator:
+        """Return the generator that is sampled and published: the average if there is one."""
+        if self.average is None:
+            return self.generator
+        network = self.average.network
+        if not isinstance(network, Generator):
+            raise TypeError(f"Expected the average of a Generator, got {type(network).__name__}.")
+        return network
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        partition = data.teacher_partition(self._num_teachers, method=self.partition, key=self.partition_key)
+        shards = TeacherShards(data.train_images, data.train_labels, partition.assignment, self._num_teachers)
+        self.to(self.device)
+        self.teachers.bind(
+            shards.to(self.device),
+            num_classes=data.num_classes,
+            image_shape=data.image_shape,
+            device=self.device,
+            seed=self.public_seed,
+            encode=self.basis,
+        )
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.Adam(self.generator.parameter_groups(self.learning_rate), betas=self.betas)
+        last, floor = max(1, self.planned_releases), self.final_learning_rate_share
+
+        def share(step: int) -> float:
+            return floor + (1 - floor) * (1 + math.cos(math.pi * min(step, last) / last)) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return [optimizer], [schedule]
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.teachers.train(self._teacher_fakes, step=self._round)
+        labels = self._public_labels()
+        latent = self.generator.sample_latent(self.images_per_step, self._public_stream(_LATENT))
+        fakes = self._judged(self.generator(latent, labels))  # (B, d), or (B, C, H, W) without a basis
+        rows = self.teachers.row_chunks(fakes.detach(), labels)
+        released = self.release(rows, (self.images_per_step, self.vector_dim))
+        repelled = self._repulsion(fakes.detach(), labels)
+        self.backward_released(fakes, released.map(lambda value: self.step_size * (value - repelled)))
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.step()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr, call-arg]
+        if self.average is not None:
+            self.average.update(self.generator)
+        self._round += 1
+
+    def _repulsion(self, fakes: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean unit vector from each fake towards fresh fakes of its label, weighted; public."""
+        if self.repulsion == 0:
+            return torch.zeros((), device=fakes.device)
+        classes = torch.arange(self.generator.num_classes, device=fakes.device)
+        pool_labels = classes.repeat_interleave(self.pool_per_class)
+        latent = self.generator.sample_latent(len(pool_labels), self._public_stream(_POOL))
+        with torch.no_grad():
+            pool = self._judged(self.generator(latent, pool_labels)).flatten(1)
+        direction = torch.zeros_like(fakes).flatten(1)
+        for label in classes:
+            mine = labels == label
+            if mine.any():
+                direction[mine] = mean_unit_direction(pool[pool_labels == label], fakes[mine].flatten(1))
+        return self.repulsion * direction
+
+    def _judged(self, images: Tensor) -> Tensor:
+        judged: Tensor = images if self.basis is None else self.basis(images)
+        return judged
+
+    def _teacher_fakes(self, labels: Tensor) -> Tensor:
+        latent = self.generator.sample_latent(len(labels), self._public_stream(_TEACHER_LATENT))
+        with torch.no_grad():
+            return self._judged(self.generator(latent, labels))
+
+    def _public_labels(self) -> Tensor:
+        """Return labels of the fakes: a fixed number of each for class-wise teachers, else uniform draws."""
+        num_classes = self.generator.num_classes
+        if self._class_wise:
+            per_class = self.images_per_step // num_classes
+            return torch.arange(num_classes, device=self.device).repeat_interleave(per_class)
+        stream = self._public_stream(_LABELS)
+        return torch.randint(num_classes, (self.images_per_step,), generator=stream).to(self.device)
+
+    def _public_stream(self, purpose: int) -> torch.Generator:
+        seed = ((self.public_seed * 1_000_003 + self._round) * 4 + purpose) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["teachers"] = self.teachers.state_dict()
+        checkpoint["round"] = self._round
+        checkpoint["ema_updates"] = 0 if self.average is None else self.average.num_updates
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.teachers.load_state_dict(checkpoint["teachers"])
+        self._round = checkpoint["round"]
+        if self.average is not None:
+            self.average.num_updates = checkpoint["ema_updates"]
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigurationError(f"Expected a finite model.{name} > 0, got {name}={value}.")

@@ -1,0 +1,104 @@
+"""A small class-conditional generator that writes images in a public cosine basis."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.networks.basis import dct_matrix, lowest_frequencies
+from lightning_dp.networks.generator import Generator
+
+# A coefficient of 1 at a low frequency moves pixels by about a seventh of a logit (4 / 28).
+_GAIN = 4.0
+
+
+class DCTGenerator(Generator):
+    """Mean and factors per class plus a small MLP, in cosine coefficients, through a sigmoid per pixel.
+
+    Each class has a mean and linear factors of its own, so classes do not fight over weights while the signal is weak;
+    the MLP adds what is not linear. Amplitudes fall with frequency, as they do in natural images.
+
+    Args:
+        image_shape: (C, H, W) with H = W.
+        num_classes: Number of labels.
+        latent_dim: Length of the latent vector, standard normal.
+        num_coefficients: Frequencies per channel that the generator writes.
+        width: Width of the MLP's two hidden layers.
+        corner_frequency: Amplitudes fall as 1 / (1 + (f / corner_frequency)^2).
+        background: Logit of a pixel before training; negative for dark backgrounds.
+        factor_scale: Initial size of the factors.
+        mlp_learning_rate_share: Learning rate of the MLP relative to that of means and factors.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int = 10,
+        latent_dim: int = 64,
+        num_coefficients: int = 144,
+        width: int = 256,
+        corner_frequency: float = 6.0,
+        background: float = -2.0,
+        factor_scale: float = 0.9,
+        mlp_learning_rate_share: float = 0.1,
+    ) -> None:
+        super().__init__()
+        channels, height, side = image_shape
+        if height != side or not 1 <= num_coefficients <= side * side:
+            raise ConfigurationError(
+                f"Expected square images and num_coefficients <= {side * side}, got {image_shape=}, {num_coefficients=}."
+            )
+        for name, value in (("latent_dim", latent_dim), ("width", width), ("corner_frequency", corner_frequency)):
+            if not value > 0:
+                raise ConfigurationError(f"Expected generator.{name} > 0, got {name}={value}.")
+        self.image_shape, self.num_classes, self.latent_dim = image_shape, num_classes, latent_dim
+        self.num_coefficients, self.width, self.corner_frequency = num_coefficients, width, corner_frequency
+        self.background, self.factor_scale = background, factor_scale
+        self.mlp_learning_rate_share = mlp_learning_rate_share
+        dim = channels * num_coefficients
+        self.means = nn.Parameter(torch.zeros(num_classes, dim))
+        self.factors = nn.Parameter(torch.randn(num_classes, latent_dim, dim) * factor_scale / math.sqrt(latent_dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(latent_dim + num_classes, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, dim),
+        )
+        radius = torch.tensor([math.hypot(*pair) for pair in lowest_frequencies(side, num_coefficients)])
+        amplitudes = _GAIN / (1 + (radius / corner_frequency) ** 2)
+        self.synthesis: Tensor  # (num_coefficients, H * W), public constants
+        matrix = dct_matrix(side, num_coefficients, side) * amplitudes[:, None]
+        self.register_buffer("synthesis", matrix, persistent=False)
+
+    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
+        one_hot = F.one_hot(labels, self.num_classes).to(latent)
+        linear = self._linear(latent, labels)
+        coefficients = self.means[labels] + linear + self.mlp(torch.cat([latent, 2 * one_hot], dim=1))
+        pixels = coefficients.unflatten(1, (self.image_shape[0], self.num_coefficients)) @ self.synthesis  # (B, C, HW)
+        return torch.sigmoid(pixels + self.background).unflatten(2, self.image_shape[1:])
+
+    def _linear(self, latent: Tensor, labels: Tensor) -> Tensor:
+        """Return latent times the factors of its label, class by class, without a (B, z, d) tensor."""
+        order = torch.argsort(labels, stable=True)
+        counts = torch.bincount(labels, minlength=self.num_classes).tolist()
+        parts = [rows @ self.factors[label] for label, rows in enumerate(latent[order].split(counts)) if len(rows)]
+        return torch.cat(parts)[torch.argsort(order)]
+
+    def sample_latent(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return standard normal latents, (num, latent_dim)."""
+        source = self.means.device if generator is None else generator.device
+        return torch.randn(num, self.latent_dim, generator=generator, device=source).to(self.means.device)
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's groups: the MLP learns more slowly than means and factors."""
+        return [
+            {"params": [self.means, self.factors], "lr": learning_rate},
+            {"params": list(self.mlp.parameters()), "lr": learning_rate * self.mlp_learning_rate_share},
+        ]

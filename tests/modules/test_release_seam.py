@@ -1,0 +1,259 @@
+"""The seam refuses every way around `release` that we could think of."""
+
+import dataclasses
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from callbacks import GradientPrivatizer, PrivacyAccountant
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.release import Released, ReleaseSession
+from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
+from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
+
+ROWS = torch.randn(4, 2, 10)
+
+
+def chunk(rows=ROWS, queries=slice(0, 2)):
+    return [RowChunk(teacher_ids=torch.arange(len(rows)), values=rows, queries=queries)]
+
+
+def fit(tmp_path, module, callbacks=None, **options):
+    trainer = trainer_for(tmp_path, callbacks if callbacks is not None else callbacks_for(), **options)
+    trainer.fit(module, datamodule=TinyData())
+    return trainer
+
+
+class TestNoWayAround:
+    def test_release_without_a_privatizer_is_refused(self):
+        with pytest.raises(PrivacyProtocolError, match="No GradientPrivatizer is attached"):
+            tiny_gan().release(chunk(), (2, 10))
+
+    def test_training_without_a_privatizer_is_refused_before_the_first_step(self, tmp_path):
+        module = tiny_gan()
+        before = [p.clone() for p in module.parameters()]
+        with pytest.raises(PrivacyProtocolError, match="No GradientPrivatizer"):
+            fit(tmp_path, module, callbacks=[])
+        assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+    def test_two_releases_in_one_step_are_refused(self, tmp_path):
+        class Twice(TeacherEnsembleGAN):
+            def backward_released(self, outputs, released):
+                self.release(chunk(), (2, 10))
+
+        with pytest.raises(PrivacyProtocolError, match="called twice"):
+            fit(tmp_path, as_class(Twice))
+
+    def test_a_step_without_a_release_is_refused(self, tmp_path):
+        class Never(TeacherEnsembleGAN):
+            def training_step(self, batch, batch_idx):
+                return None
+
+        with pytest.raises(PrivacyProtocolError, match="without a release"):
+            fit(tmp_path, as_class(Never))
+
+    def test_a_step_on_an_unreleased_gradient_is_refused(self, tmp_path):
+        class Direct(TeacherEnsembleGAN):
+            """The bug: back-propagates a loss on private images next to the release."""
+
+            def backward_released(self, outputs, released):
+                real = self.trainer.datamodule.train_images.float() / 255
+                (outputs.mean() - real.mean()).square().backward()
+
+        with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
+            fit(tmp_path, as_class(Direct))
+
+    def test_a_gradient_changed_after_its_release_is_refused(self, tmp_path):
+        class Adds(TeacherEnsembleGAN):
+            """The bug: a private regulariser accumulates into the released gradient."""
+
+            def backward_released(self, outputs, released):
+                super().backward_released(outputs, released)
+                next(self.generator.parameters()).grad.add_(1e-9)
+
+        with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
+            fit(tmp_path, as_class(Adds))
+
+    def test_a_replaced_gradient_is_refused(self, tmp_path):
+        class Replaces(TeacherEnsembleGAN):
+            def backward_released(self, outputs, released):
+                super().backward_released(outputs, released)
+                for parameter in self.generator.parameters():
+                    parameter.grad = parameter.grad.clone()
+
+        with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
+            fit(tmp_path, as_class(Replaces))
+
+    def test_stale_private_gradients_cannot_ride_along(self, tmp_path):
+        module = tiny_gan()
+        poison = torch.full_like(module.generator.means, 1e6)
+
+        class Poisoner(pl.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                pl_module.generator.means.grad = poison.clone()
+
+        fit(tmp_path, module, callbacks=[*callbacks_for(), Poisoner()])
+        assert module.generator.means.grad.abs().max() < 1e3
+
+    def test_a_tensor_is_no_released_value(self):
+        module = tiny_gan()
+        with pytest.raises(PrivacyProtocolError, match="not a tensor"):
+            module.backward_released(torch.zeros(2, 10), torch.zeros(2, 10))
+
+    def test_a_released_value_cannot_be_made_by_hand(self):
+        with pytest.raises(PrivacyProtocolError, match="release\\(\\) alone"):
+            Released(torch.zeros(2), 1, object())
+
+    def test_post_processing_keeps_the_origin(self, tmp_path):
+        seen = []
+
+        class Spy(TeacherEnsembleGAN):
+            def backward_released(self, outputs, released):
+                seen.append(released)
+                super().backward_released(outputs, released)
+
+        fit(tmp_path, as_class(Spy))
+        assert [released.number for released in seen] == [1, 2, 3, 4, 5]
+
+
+def as_class(cls, **options):
+    """A tiny GAN of another class."""
+    module = tiny_gan(**options)
+    module.__class__ = cls
+    return module
+
+
+class TestOrderOfTheLedger:
+    def test_the_entry_is_on_disk_before_any_noise_is_drawn(self, tmp_path, monkeypatch):
+        path = tmp_path / "ledger.jsonl"
+        lines_at_noise = []
+        original = ReleaseSession.release
+
+        def spying_release(self, *args):
+            draw = self._noise.gaussian
+            object.__setattr__(
+                self._noise,
+                "gaussian",
+                lambda *a, **k: lines_at_noise.append(len(path.read_text().splitlines())) or draw(*a, **k),
+            )
+            try:
+                return original(self, *args)
+            finally:
+                object.__setattr__(self._noise, "gaussian", draw)
+
+        monkeypatch.setattr(ReleaseSession, "release", spying_release)
+        fit(tmp_path, tiny_gan(), callbacks=callbacks_for(ledger_path=path))
+        assert lines_at_noise == [2, 3, 4, 5, 6]  # the header is the first line
+
+    def test_a_failing_teacher_costs_its_release_but_leaks_nothing(self, tmp_path):
+        path = tmp_path / "ledger.jsonl"
+
+        class Fails(TeacherEnsembleGAN):
+            def release(self, chunks, shape):
+                def broken():
+                    yield from chunk(torch.ones(1, 2, 10))
+                    raise RuntimeError("teacher 3 failed")
+
+                return super().release(broken(), shape)
+
+        with pytest.raises(RuntimeError, match="teacher 3"):
+            fit(tmp_path, as_class(Fails), callbacks=callbacks_for(ledger_path=path))
+        assert len(path.read_text().splitlines()) == 2
+
+
+class TestUnsafeSettings:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"gradient_clip_val": 1.0}, "gradient_clip_val"),
+            ({"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
+        ],
+    )
+    def test_trainer_settings_that_spoil_the_guarantee_are_refused(self, tmp_path, options, words):
+        # Lightning refuses both under manual optimisation; the privatizer does not rely on that.
+        with pytest.raises(MisconfigurationException):
+            fit(tmp_path, tiny_gan(), **options)
+        privatizer, accountant = callbacks_for()
+        trainer = trainer_for(tmp_path, [privatizer, accountant], **options)
+        with pytest.raises(ConfigurationError, match=words):
+            privatizer.setup(trainer, tiny_gan(), "fit")
+
+    def test_fp16_scaling_is_refused(self, tmp_path):
+        privatizer, accountant = callbacks_for()
+        trainer = trainer_for(tmp_path, [privatizer, accountant])
+        trainer.strategy.precision_plugin.precision = "16-mixed"
+        with pytest.raises(ConfigurationError, match="precision"):
+            trainer.fit(tiny_gan(), datamodule=TinyData())
+
+    def test_batch_norm_under_per_record_clipping_is_refused(self, tmp_path):
+        class PerRecord(PrivateModule):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+            def contribution_spec(self):
+                return ContributionSpec.records(expected_batch_size=8, vector_dim=10)
+
+            def released_networks(self):
+                return {"net": self.net}
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+            def training_step(self, batch, batch_idx):
+                return None
+
+        with pytest.raises(ConfigurationError, match=r"net\.1"):
+            fit(tmp_path, PerRecord(), callbacks=callbacks_for(Gaussian()))
+
+    def test_a_missing_accountant_is_refused(self, tmp_path):
+        privatizer, _ = callbacks_for()
+        with pytest.raises(ConfigurationError, match="lose the ledger"):
+            fit(tmp_path, tiny_gan(), callbacks=[privatizer])
+
+    def test_two_privatizers_are_refused(self, tmp_path):
+        first, accountant = callbacks_for()
+
+        class Other(GradientPrivatizer):
+            state_key = "other"
+
+        second = Other(mechanism=Gaussian(), accountant=accountant)
+        with pytest.raises(ConfigurationError, match="one GradientPrivatizer"):
+            fit(tmp_path, tiny_gan(), callbacks=[first, second, accountant])
+
+    def test_a_module_without_the_seam_is_refused(self, tmp_path):
+        class Plain(pl.LightningModule):
+            def training_step(self, batch, batch_idx):
+                return None
+
+            def configure_optimizers(self):
+                return None
+
+        with pytest.raises(ConfigurationError, match="needs a PrivateModule"):
+            fit(tmp_path, Plain())
+
+    def test_plans_hold_no_tensors(self):
+        """Events and bounds are computed from public facts: nothing in a plan can carry data."""
+        module = tiny_gan()
+        privatizer, _ = callbacks_for()
+        privatizer.plan_run(module, TinyData(), 5)
+        values = dataclasses.asdict(privatizer.plan)["spec"] | {"noise": privatizer.plan.noise_multiplier}
+        assert not any(isinstance(value, torch.Tensor) for value in values.values())
+
+
+def test_planning_reads_no_record():
+    class Unreadable(TinyData):
+        def read(self):
+            raise AssertionError("records were read while the plan was made")
+
+    privatizer, accountant = callbacks_for()
+    budget = privatizer.plan_run(tiny_gan(), Unreadable(), 5)
+    assert budget.num_releases == 5
+    assert isinstance(accountant, PrivacyAccountant)
