@@ -167,8 +167,9 @@ def paper_epsilon(counts: Counts, *, delta: float) -> float:
     terms = canonical_terms(counts)
     if not terms:
         return 0.0
-    rho = total_mu(terms, "paper") ** 2 / 2
-    return min(order * rho + math.log(1 / delta) / (order - 1) for order in PAPER_ORDERS)
+    mu = total_mu(terms, "paper")
+    rho = mu * mu / 2
+    return min(order * rho - math.log(delta) / (order - 1) for order in PAPER_ORDERS)
 
 
 @lru_cache(maxsize=256)

@@ -47,6 +47,8 @@ _MAX_PLD_EPSILON = 100.0  # beyond it the grid grows and the number means nothin
 _GUARD_ORDERS = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
 _FINE_GRID_COUNT = 100_000  # more compositions than this need the finer grid, or rounding adds up
 _MAX_CLOSED_FORM_MU = 1e4  # beyond it the closed form's tails cancel
+_MIN_CLOSED_FORM_MU = 1e-10  # below it they cancel to epsilon 0 for a tiny delta; rounding mu up is sound
+_MAX_RENYI_MU = 1e50  # beyond it, and below its inverse, squares leave the floats; less noise is a sound stand-in
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,8 @@ def total_mu(terms: Terms, accountant: str) -> float:
                 f"The {accountant} accountant takes unsampled Gaussian releases only, got {event} with {sampling}. "
                 "Use accountant='auto'."
             )
-        squares.append(count * event.mu**2)
-    # Rounded up from an underflow to 0, which would claim perfect privacy.
-    return max(math.sqrt(math.fsum(squares)), 1e-150)
+        squares.append(count * event.mu * event.mu)
+    return max(math.sqrt(math.fsum(squares)), _MIN_CLOSED_FORM_MU)
 
 
 def _gaussian(terms: Terms, delta: float, *, ignored_sampling: bool = False) -> EpsilonResult:
@@ -181,11 +182,12 @@ def _gaussian(terms: Terms, delta: float, *, ignored_sampling: bool = False) -> 
     mu = total_mu(terms, "gaussian")
     notes = ("no gain from sampling is used",) if ignored_sampling else ()
     if mu <= _MAX_CLOSED_FORM_MU:
-        epsilon = float(dp_accounting.get_epsilon_gaussian(1.0 / mu, delta))
+        with np.errstate(all="ignore"):  # the result is checked below
+            epsilon = float(dp_accounting.get_epsilon_gaussian(1.0 / mu, delta))
         if math.isfinite(epsilon) and epsilon >= 0.0:
             return EpsilonResult(epsilon, "gaussian", notes)
     # Bun and Steinke (2016), Proposition 1.3: mu^2/2-zCDP
-    bound = mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))
+    bound = mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta))
     return EpsilonResult(bound, "gaussian", (*notes, "too little noise for the closed form: its zCDP bound is given"))
 
 
@@ -204,8 +206,9 @@ def _rdp(terms: Terms, delta: float, relation: NeighboringRelation) -> EpsilonRe
     if refusal:
         raise ConfigurationError(f"The RDP accountant cannot be used: {refusal}. Use accountant='auto'.")
     total = np.zeros(len(RDP_ORDERS))
-    for event, sampling, count in terms:
-        total += count * _unit_rdp(event, sampling)
+    with np.errstate(over="ignore"):
+        for event, sampling, count in terms:
+            total += count * _unit_rdp(event, sampling)
     epsilon = float(convert_rdp(RDP_ORDERS, total, delta)[0])
     notes = []
     if any(isinstance(event, TernaryRelease) and sampling == _FULL for event, sampling, _ in terms):
@@ -218,11 +221,13 @@ def _rdp(terms: Terms, delta: float, relation: NeighboringRelation) -> EpsilonRe
 @lru_cache(maxsize=1024)
 def _unit_rdp(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
     """Return the Renyi divergence of one release at `RDP_ORDERS`; the sensitivity already knows the relation."""
-    if isinstance(event, TernaryRelease) and sampling == _FULL:
+    if isinstance(event, GaussianRelease) and event.mu > _MAX_RENYI_MU:
+        curve = np.full(len(RDP_ORDERS), np.inf)
+    elif isinstance(event, TernaryRelease) and sampling == _FULL:
         curve = ternary_rdp(event, RDP_ORDERS)
     else:
         accountant = RdpAccountant(RDP_ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
-        with _silent_about_skipped_orders():
+        with _silent_about_skipped_orders(), np.errstate(over="ignore"):
             accountant.compose(_dp_event(event, sampling, factor=1.0))
         curve = np.asarray(accountant.rdp, dtype=np.float64)
     # dp-accounting converts a NaN or a negative divergence into epsilon 0; such an order proves nothing.
@@ -247,7 +252,7 @@ def _dp_event(event: ReleaseEvent, sampling: Sampling, *, factor: float) -> dp_a
     if isinstance(event, ZCDPRelease):
         return dp_accounting.ZCDpEvent(event.rho)  # unsampled: sampling never makes a release worse
     assert isinstance(event, GaussianRelease)  # non-private events never get here
-    gaussian = dp_accounting.GaussianDpEvent(float(factor * event.noise_multiplier))
+    gaussian = dp_accounting.GaussianDpEvent(float(min(factor * event.noise_multiplier, _MAX_RENYI_MU)))
     return gaussian if sampling == _FULL else dp_accounting.PoissonSampledDpEvent(sampling.rate, gaussian)
 
 

@@ -101,23 +101,29 @@ class PrivacyLedger:
         return ledger
 
     @classmethod
-    def reopen(cls, path: Path | str, *, durable: bool = True) -> Self:
+    def reopen(
+        cls, path: Path | str, *, expected_header: Mapping[str, Any] | None = None, durable: bool = True
+    ) -> Self:
         """Continue a ledger file after a stop or a crash, under the lock, mending a torn last line.
 
         Args:
             path: The file.
+            expected_header: The header this run would have written; refused if it is about other records, another
+                relation or another unit. None skips the check.
             durable: As in the constructor.
 
         Returns:
             The ledger, ready to append, as a new writer.
 
         Raises:
-            LedgerError: As in `read`, or the file is in use by another process.
+            LedgerError: As in `read`, the header is another one, or the file is in use by another process.
         """
         file = LedgerFile.open(Path(path), durable=durable)
         ledger = cls.__new__(cls)
         try:
             contents = ledger._load(Path(path))
+            if expected_header is not None:
+                ledger._check_same_data(checked_header(expected_header))
             file.continue_from(contents)
         except BaseException:
             file.close()
@@ -241,13 +247,7 @@ class PrivacyLedger:
             LedgerError: The state is altered or incomplete, or about other records, another relation or another unit.
         """
         header, theirs = parse_state(state)
-        for name in _SAME_DATA:
-            ours, other = self._header.get(name), header.get(name)
-            if ours != other and (name in ("relation", "unit") or None not in (ours, other)):
-                raise LedgerError(
-                    f"Expected a ledger with {name}={ours!r}, got {name}={other!r}. "
-                    "Only ledgers of the same records under the same relation can be merged."
-                )
+        self._check_same_data(header)
         missing = [
             run
             for writer in dict.fromkeys(run.writer for run in theirs)
@@ -281,6 +281,16 @@ class PrivacyLedger:
         if contents.torn_at is not None and self._runs:
             self._remember(replace(self._runs[-1], count=1))
         return contents
+
+    def _check_same_data(self, header: Mapping[str, Any]) -> None:
+        """Refuse another ledger's header: its releases would be about other records or have another sensitivity."""
+        for name in _SAME_DATA:
+            ours, other = self._header.get(name), header.get(name)
+            if ours != other and (name in ("relation", "unit") or None not in (ours, other)):
+                raise LedgerError(
+                    f"Expected a ledger with {name}={ours!r}, got {name}={other!r}. "
+                    "Only ledgers of the same records under the same relation can be continued or merged."
+                )
 
     def _remember(self, run: Run) -> None:
         if self._runs and self._runs[-1].is_like(run):

@@ -17,6 +17,8 @@ from lightning_dp.accounting.events import TernaryRelease
 
 Array = NDArray[np.float64]
 
+_LOG_ROOT_TWO_PI = 0.5 * np.log(2 * np.pi)
+
 
 def ternary_rdp(event: TernaryRelease, orders: tuple[float, ...]) -> Array:
     """Return the Renyi divergence bound of one release at each order.
@@ -32,7 +34,7 @@ def ternary_rdp(event: TernaryRelease, orders: tuple[float, ...]) -> Array:
     Returns:
         Divergences, shape (num_orders,), float64, in nats.
     """
-    gaussian = np.asarray(orders) * (event.mu**2 / 2)
+    gaussian = np.asarray(orders) * (event.mu * event.mu / 2)
     alternatives = []
     for moved_by_two, moved_by_one in event.changes:
         total = np.zeros(len(orders))
@@ -89,8 +91,12 @@ def log_outcomes(votes: Array, noise_std: float, threshold: float) -> Array:
     far = to_low > 0
     near, wide = np.where(far, -to_high, to_low), np.where(far, -to_low, to_high)
     log_wide, log_near = special.log_ndtr(wide), special.log_ndtr(near)
-    with np.errstate(divide="ignore"):
-        log_between = log_wide + np.log(-np.expm1(log_near - log_wide))
+    width, middle = 2 * threshold / noise_std, -votes / noise_std
+    with np.errstate(divide="ignore", invalid="ignore"):
+        difference = log_wide + np.log(-np.expm1(log_near - log_wide))
+        # A narrow band is density times width, to order width^4; the difference of tails would round to nothing.
+        narrow = np.log(width) - 0.5 * middle**2 - _LOG_ROOT_TWO_PI + np.log1p(width**2 * (middle**2 - 1) / 24)
+    log_between = np.where(width * np.maximum(1.0, np.abs(middle)) < 1e-3, narrow, difference)
     return np.stack([special.log_ndtr(to_low), log_between, special.log_ndtr(-to_high)], axis=-1)
 
 
@@ -109,14 +115,16 @@ def renyi_divergence(log_p: Array, log_q: Array, order: float) -> Array:
         Shape (n,), in nats, >= 0.
     """
     possible = np.isfinite(log_p)
-    ratio = np.where(possible, log_p - np.where(possible, log_q, 0.0), 0.0)
+    log_p = np.where(possible, log_p, 0.0)
+    ratio = np.where(possible, log_p - log_q, 0.0)
     skipped_by_both = ~possible & np.isneginf(log_q)  # the band between, when the threshold is 0
     if np.abs(ratio).max() * order < 1.0 and (possible | skipped_by_both).all():
         excess = (np.exp(log_q) * (np.expm1(order * ratio) - order * np.expm1(ratio))).sum(axis=-1)
         moment = np.log1p(excess)
     else:
-        exponent = np.where(possible, order * ratio + np.where(possible, log_q, 0.0), -np.inf)
-        peak = exponent.max(axis=-1)
-        moment = peak + np.log(np.exp(exponent - peak[:, None]).sum(axis=-1))
+        exponent = np.where(possible, order * log_p - np.where(possible, (order - 1.0) * log_q, 0.0), -np.inf)
+        peak = exponent.max(axis=-1, keepdims=True)
+        peak = np.where(np.isfinite(peak), peak, 0.0)  # infinite: an outcome that Q lacks
+        moment = (peak + np.log(np.exp(exponent - peak).sum(axis=-1, keepdims=True)))[:, 0]
     result: Array = np.maximum(moment, 0.0) / (order - 1.0)
     return result
