@@ -35,28 +35,31 @@ NETWORKS: Final[dict[str, type[Discriminator]]] = {
 }
 BACKENDS: Final[dict[str, type[TeacherBackend]]] = {"loop": LoopBackend, "stacked": StackedBackend}
 
-# Measured by benchmarks/teachers.py (docs/performance.md): chunks that stay in the cache win on a CPU.
+# Measured (docs/performance.md): on a CPU, chunks that stay in the cache win.
 CPU_CHUNKS: Final[dict[tuple[str, str], int]] = {
     ("datalens", "loop"): 8,
-    ("datalens", "stacked"): 4,
-    ("small_conv", "loop"): 32,
-    ("small_conv", "stacked"): 8,
-    ("mlp", "loop"): 32,
-    ("mlp", "stacked"): 64,
+    ("datalens", "stacked"): 8,
+    ("small_conv", "loop"): 16,
+    ("small_conv", "stacked"): 12,
+    ("mlp", "loop"): 16,
+    ("mlp", "stacked"): 32,
 }
+# Below this batch, calling thousands of tiny convolutions one by one costs more than stacking them does.
+CPU_SMALL_BATCH: Final = 20
 CPU_MEMORY_BUDGET: Final = 1_500_000_000
 CUDA_FREE_FRACTION: Final = 0.5
 ADAM_EPS: Final = 1e-8
 
 
-def choose_backend(network: str, device: torch.device) -> BackendName:
-    """Return the faster backend: stacked on a GPU and for dense layers, the loop for convolutions on a CPU.
+def choose_backend(network: str, device: torch.device, batch: int) -> BackendName:
+    """Return the faster backend: on a CPU the loop for convolutions, unless the batch is small; else stacked.
 
     Args:
         network: A name of `NETWORKS`.
         device: Where the teachers work.
+        batch: Records of a teacher per round.
     """
-    if device.type != "cpu" or network == "mlp":
+    if device.type != "cpu" or network == "mlp" or batch < CPU_SMALL_BATCH:
         return "stacked"
     return "loop"
 
@@ -149,7 +152,9 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._exp_avg_sq = {name: torch.zeros_like(stack) for name, stack in self._parameters.items()}
         self._optimizer_steps = self._rounds = 0
         chosen = self.backend_name
-        self.chosen_backend = choose_backend(self.network_name, self._device) if chosen == "auto" else chosen
+        if chosen == "auto":
+            chosen = choose_backend(self.network_name, self._device, self._batch)
+        self.chosen_backend = chosen
         self._backend = BACKENDS[self.chosen_backend](network.to(self._device))
         self._bytes_per_sample = saved_bytes_per_sample(self._backend.network, self._sample_shape, num_classes)
 

@@ -117,8 +117,9 @@ def test_losses_and_gradients_of_the_backends_agree_in_single_precision(network)
     by_loop = loop._backend.training_gradients(parameters, real, fake, one_hot)
     by_stack = stacked._backend.training_gradients(parameters, real, fake, one_hot)
     for name, gradient in by_loop.items():
-        # Entries that cancel keep the rounding of their summands: compare them on the scale of the tensor.
-        torch.testing.assert_close(by_stack[name], gradient, rtol=1e-5, atol=1e-6 + 1e-5 * gradient.abs().max().item())
+        # Behind batch statistics some entries (biases) are sums that cancel and keep their rounding; the test in double
+        # precision above is the strict one.
+        torch.testing.assert_close(by_stack[name], gradient, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_double")
@@ -205,9 +206,13 @@ def test_teachers_judge_encoded_records():
 
 def test_automatic_choice_follows_the_measurements():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert make_teachers("mlp", "auto").chosen_backend == choose_backend("mlp", cpu) == "stacked"
-    assert make_teachers("small_conv", "auto").chosen_backend == choose_backend("small_conv", cpu)
-    assert {choose_backend(network, cuda) for network in NETWORKS} == {"stacked"}
+    assert [choose_backend("small_conv", cpu, batch) for batch in (15, 30)] == ["stacked", "loop"]
+    assert [choose_backend("datalens", cpu, batch) for batch in (15, 30)] == ["stacked", "loop"]
+    assert {choose_backend(network, cuda, 30) for network in NETWORKS} == {"stacked"}
+    assert choose_backend("mlp", cpu, 30) == "stacked"
+    assert make_teachers("mlp", "auto").chosen_backend == "stacked"
+    large = make_shards(num=2 * 30, teachers=2)
+    assert make_teachers("small_conv", "auto", large, num_teachers=2, batch_size=30).chosen_backend == "loop"
 
 
 def test_automatic_chunk_keeps_to_the_memory_budget(monkeypatch):
