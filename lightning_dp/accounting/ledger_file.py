@@ -49,11 +49,28 @@ def read_ledger_file(path: Path) -> LedgerContents:
         LedgerError: The file cannot be read, its header is incomplete, or a line was changed, removed or moved.
     """
     try:
-        *lines, tail = path.read_bytes().split(b"\n")
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise LedgerError(f"Expected a privacy ledger at {path}, but there is no such file.") from error
     except OSError as error:
         raise LedgerError(f"The privacy ledger {path} cannot be read: {error.strerror}.") from error
+    return parse_ledger(data, path)
+
+
+def parse_ledger(data: bytes, path: Path) -> LedgerContents:
+    """Verify the bytes of a ledger file.
+
+    Args:
+        data: The whole file.
+        path: Its name, for messages.
+
+    Returns:
+        As `read_ledger_file`.
+
+    Raises:
+        LedgerError: As `read_ledger_file`; the message names file and line.
+    """
+    *lines, tail = data.split(b"\n")
     torn_at: int | None = None
     head = _head_before_tail(lines)
     lacks_line_break = bool(tail) and unseal(head, tail) is not None
@@ -143,13 +160,14 @@ class LedgerFile:
         Raises:
             LedgerError: The file exists or cannot be created.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        except FileExistsError as error:
+        if path.exists():
             raise LedgerError(
                 f"A privacy ledger already exists at {path}. Resume that run, or choose another run folder."
-            ) from error
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # exclusive: should another process create it in between, this one fails
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         except OSError as error:
             raise LedgerError(f"The privacy ledger {path} cannot be created: {error.strerror}.") from error
         file = cls(path, descriptor, durable)

@@ -1,0 +1,192 @@
+"""A claim shows an epsilon only when it is proved, says what it rests on, and survives JSON."""
+
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.claim import DEFAULT_NOT_COVERED, ClaimLevel, PrivacyClaim, make_claim
+from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease, Sampling, ZCDPRelease
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import ConfigurationError
+
+FULL = Sampling(scheme="full")
+POISSON = Sampling(scheme="poisson", rate=0.01)
+ASSUMED = Sampling(scheme="poisson", rate=0.01, executed=False)
+STEP = GaussianRelease(noise_std=5000.0, l2_sensitivity=2 * math.sqrt(200 * 15))
+COUNTS = {(STEP, FULL): 86}
+
+
+def claim_of(counts=COUNTS, **changed):
+    facts = {"delta": 1e-5, "relation": "replace_one", "unit": "record", "mechanism": "TopAgg", "num_records": 60000}
+    return make_claim(counts, **(facts | changed))
+
+
+def test_proved_claim():
+    claim = claim_of()
+    assert claim.level is ClaimLevel.PROVED
+    assert claim.epsilon == pytest.approx(0.738125, abs=1e-5)
+    assert claim.statement() == (
+        "(epsilon=0.739, delta=1e-05)-DP per record, replace-one, exact Gaussian accountant, "
+        "86 releases of TopAgg: PROVED"
+    )
+    assert (claim.warnings, claim.assumptions) == ((), ())
+    assert claim.not_covered == DEFAULT_NOT_COVERED
+    assert claim.sampler == "all records in every release"
+
+
+def test_default_scope_names_what_is_not_covered():
+    text = " ".join(DEFAULT_NOT_COVERED)
+    for part in ("hyper-parameters", "labels", "number of records", "floating-point"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("counts", "changed", "level", "part"),
+    [
+        ({(NonPrivateRelease(), FULL): 3}, {}, ClaimLevel.NONPRIVATE, "No differential privacy"),
+        ({(NonPrivateRelease(), FULL): 1, (STEP, FULL): 9}, {}, ClaimLevel.NONPRIVATE, "No differential privacy"),
+        ({(STEP, ASSUMED): 86}, {}, ClaimLevel.UNVERIFIED, "assumed, not executed"),
+        (COUNTS, {"unverified": ["the seed was fixed"]}, ClaimLevel.UNVERIFIED, "the seed was fixed"),
+        (COUNTS, {"conditional_on": ["the encoder"]}, ClaimLevel.CONDITIONAL, "taken as public: the encoder"),
+        # the worst level wins
+        ({(STEP, ASSUMED): 1}, {"conditional_on": ["the encoder"]}, ClaimLevel.UNVERIFIED, "the encoder"),
+        (
+            {(NonPrivateRelease(), FULL): 1, (STEP, ASSUMED): 1},
+            {"conditional_on": ["x"], "unverified": ["y"]},
+            ClaimLevel.NONPRIVATE,
+            "No differential privacy",
+        ),
+    ],
+)
+def test_other_levels_show_no_epsilon(counts, changed, level, part):
+    claim = claim_of(counts, **changed)
+    assert claim.level is level
+    assert claim.epsilon is None
+    statement = claim.statement()
+    assert part in statement
+    assert statement.endswith(f": {level}")
+    assert not re.search(r"epsilon\s*[=<]", statement)
+    text = json.dumps(claim.to_dict())
+    would_be = compute_epsilon(
+        {key: n for key, n in counts.items() if key[0] == STEP}, delta=1e-5, relation="replace_one"
+    )
+    assert f"{would_be.epsilon:.3f}" not in text
+
+
+def test_nothing_released():
+    claim = claim_of({})
+    assert (claim.epsilon, claim.num_releases, claim.sampler) == (0.0, 0, "none")
+    assert "0 releases" in claim.statement()
+    assert claim_of({(NonPrivateRelease(), FULL): 0}).level is ClaimLevel.PROVED
+
+
+def test_samplers_and_accountants_are_named():
+    assert "Poisson sampling at rate 0.01 (executed)" in claim_of({(STEP, POISSON): 9}).sampler
+    mixed = claim_of({(STEP, ASSUMED): 1, (STEP, FULL): 1}).sampler
+    assert "all records" in mixed
+    assert "not executed" in mixed
+    assert "RDP accountant" in claim_of({(ZCDPRelease(rho=0.1), FULL): 1}).statement()
+    assert "PLD accountant" in claim_of({(GaussianRelease(noise_std=2, l2_sensitivity=1), POISSON): 100}).statement()
+    assert "RDP accountant, 1 release of" in claim_of({(STEP, FULL): 1}, accountant="rdp").statement()
+
+
+def test_accountants_notes_become_warnings():
+    sampled = claim_of({(ZCDPRelease(rho=0.01), POISSON): 5}, extra_warnings=["first"])
+    assert sampled.warnings[0] == "first"
+    assert any("no gain from sampling" in warning for warning in sampled.warnings)
+
+
+@pytest.mark.parametrize(("num_records", "warned"), [(60_000, False), (100_000, False), (182_637, True)])
+def test_delta_above_one_over_n_is_a_warning(num_records, warned):
+    claim = claim_of(num_records=num_records)
+    assert any("above 1 / num_records" in warning for warning in claim.warnings) == warned
+    assert claim.level is ClaimLevel.PROVED
+
+
+def test_claim_of_a_ledger():
+    header = {"relation": "replace_one", "unit": "record", "num_records": 10**6}
+    ledger = PrivacyLedger(header, None)
+    for _ in range(86):
+        ledger.append(STEP, FULL)
+    claim = claim_of(ledger, num_records=None)
+    assert claim.epsilon == claim_of().epsilon
+    assert any("num_records=1000000" in warning for warning in claim.warnings)
+    for wrong in ({"relation": "add_or_remove_one"}, {"unit": "user"}):
+        with pytest.raises(ConfigurationError, match="ledger's own relation"):
+            claim_of(ledger, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"delta": 0.0}, {"delta": math.nan}, {"relation": "swap"}, {"accountant": "gdp"}])
+def test_invalid_facts_are_refused(wrong):
+    with pytest.raises(ConfigurationError, match="Expected"):
+        claim_of(**wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 10**6), delta=st.floats(1e-12, 1e-2))
+def test_the_shown_epsilon_never_promises_more(count, delta):
+    claim = claim_of({(STEP, FULL): count}, delta=delta)
+    shown = float(re.search(r"epsilon=([0-9.]+)", claim.statement())[1])
+    assert claim.epsilon <= shown <= claim.epsilon + 0.001
+    assert repr(delta) in claim.statement()
+    assert "\n" not in claim.statement()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        claim_of(),
+        claim_of({(STEP, ASSUMED): 86}, extra_warnings=["w"]),
+        claim_of(conditional_on=["the encoder"]),
+        claim_of({(NonPrivateRelease(), FULL): 1}),
+    ],
+    ids=lambda claim: str(claim.level),
+)
+def test_claims_survive_json(claim):
+    data = json.loads(json.dumps(claim.to_dict()))
+    assert data["statement"] == claim.statement()
+    assert PrivacyClaim.from_dict(data) == claim
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"level": "PERFECT"},
+        {"level": "CONDITIONAL"},
+        {"epsilon": None},
+        {"epsilon": math.inf},
+        {"epsilon": math.nan},
+        {"epsilon": -1.0},
+        {"epsilon": "1"},
+        {"delta": 2.0},
+        {"relation": "swap"},
+        {"epsilon": 0.5},
+        {"statement": "(epsilon=0.001, delta=1e-05)-DP: PROVED"},
+        {"extra": 1},
+    ],
+)
+def test_altered_claims_are_refused(change):
+    with pytest.raises(ConfigurationError, match="Expected"):
+        PrivacyClaim.from_dict(claim_of().to_dict() | change)
+
+
+def test_incomplete_claims_are_refused():
+    data = claim_of().to_dict()
+    del data["unit"]
+    for bad in (data, {}, None):
+        with pytest.raises(ConfigurationError, match="exactly the fields"):
+            PrivacyClaim.from_dict(bad)
+
+
+def test_an_epsilon_needs_a_proof():
+    """The broken twin: a claim built by hand with a number and a lower level."""
+    facts = claim_of().to_dict()
+    del facts["statement"]
+    for level in ("CONDITIONAL", "UNVERIFIED", "NONPRIVATE"):
+        with pytest.raises(ConfigurationError, match="none with any other"):
+            PrivacyClaim(**(facts | {"level": level}))
