@@ -156,6 +156,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
             chosen = choose_backend(self.network_name, self._device, self._batch)
         self.chosen_backend = chosen
         self._backend = BACKENDS[self.chosen_backend](network.to(self._device))
+        self._memory_budget = _memory_budget(self._device)
         self._bytes_per_sample = saved_bytes_per_sample(self._backend.network, self._sample_shape, num_classes)
 
     def train(self, make_fakes: FakeSource, *, step: int) -> None:  # noqa: D102
@@ -276,7 +277,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         """Step the Adam of each teacher of the chunk; element-wise, so teachers stay apart."""
         parameters = list(self._slice(self._parameters, teachers).values())
         exp_avg, exp_avg_sq = self._moments(teachers)
-        counters = [torch.tensor(float(steps_before), device=self._device) for _ in parameters]
+        counters = [torch.full((), float(steps_before), device=self._device) for _ in parameters]
         with torch.no_grad():
             adam(
                 parameters,
@@ -313,14 +314,21 @@ class DiscriminatorTeachers(TeacherEnsemble):
         # Gradients and their contiguous copy; activations, their gradients and one working copy.
         per_teacher = 2 * parameter_bytes + 3 * samples * self._bytes_per_sample
         if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
-            return max(1, int(CUDA_FREE_FRACTION * free) // per_teacher)
+            return max(1, self._memory_budget // per_teacher)
         preferred = CPU_CHUNKS[self.network_name, self.chosen_backend]
-        return max(1, min(preferred, CPU_MEMORY_BUDGET // per_teacher))
+        return max(1, min(preferred, self._memory_budget // per_teacher))
 
     def _require_bound(self) -> None:
         if not self._parameters:
             raise RuntimeError("Expected bound teachers, got an ensemble without records. Call bind() first.")
+
+
+def _memory_budget(device: torch.device) -> int:
+    """Return bytes for one chunk. Asked once: later the allocator's own cache would count as used."""
+    if device.type != "cuda":
+        return CPU_MEMORY_BUDGET
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(CUDA_FREE_FRACTION * free)
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -218,6 +218,7 @@ def test_automatic_chunk_keeps_to_the_memory_budget(monkeypatch):
     teachers = make_teachers("mlp", "stacked", chunk_size=None)
     assert [chunk.stop for chunk in teachers._chunks(8)] == [5]
     monkeypatch.setattr("lightning_dp.gradients.discriminator_teachers.CPU_MEMORY_BUDGET", 1)
+    teachers = make_teachers("mlp", "stacked", chunk_size=None)
     assert [chunk.stop for chunk in teachers._chunks(8)] == [1, 2, 3, 4, 5]
 
 
@@ -262,3 +263,20 @@ def test_fakes_of_another_shape_are_refused():
         list(teachers.row_chunks(torch.rand(1, *SHAPE), torch.zeros(1).long()))
     with pytest.raises(ValueError, match=r"fakes.shape=\(2, 64\)"):
         list(teachers.row_chunks(torch.rand(2, 64), torch.zeros(2).long()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize(("network", "backend"), ALL)
+def test_a_gpu_gives_what_the_cpu_gives(network, backend):
+    results = []
+    for device in ("cpu", "cuda"):
+        teachers = DiscriminatorTeachers(network, num_teachers=TEACHERS, batch_size=BATCH, backend=backend)
+        teachers.bind(make_shards(), num_classes=CLASSES, image_shape=SHAPE, device=device, seed=7)
+        for step in range(2):
+            teachers.train(lambda labels, step=step: fakes_of(labels, step).to(labels.device), step=step)
+        labels = torch.arange(3) % CLASSES
+        rows = [chunk.values for chunk in teachers.row_chunks(fakes_of(labels).to(device), labels.to(device))]
+        results.append(torch.cat(rows).cpu())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-10)
