@@ -63,6 +63,7 @@ def compute_epsilon(
     Edge cases: no release gives 0; a non-private release gives infinity.
 
     Example:
+        >>> from lightning_dp.accounting.events import GaussianRelease
         >>> release = (GaussianRelease(noise_std=1.0, l2_sensitivity=1.0), Sampling(scheme="full"))
         >>> round(compute_epsilon({release: 1}, delta=1e-5, relation="replace_one").epsilon, 4)
         4.3772

@@ -276,6 +276,7 @@ def _pld_refusal(terms: Terms, delta: float, relation: NeighboringRelation) -> s
     return None
 
 
+@lru_cache(maxsize=1024)
 def _pld(terms: Terms, delta: float, relation: NeighboringRelation) -> EpsilonResult:
     """Return epsilon by privacy loss distributions (connect the dots, pessimistic)."""
     factor = _pld_factor(relation)

@@ -105,7 +105,7 @@ def test_counts_are_a_copy():
 
 
 def test_truncation_at_any_byte_loses_no_complete_entry(path):
-    kinds = [(EVENTS[0], FULL), (EVENTS[4], SAMPLINGS[1]), (EVENTS[4], SAMPLINGS[1])]
+    kinds = [(EVENTS[0], FULL), (EVENTS[4], SAMPLINGS[1])]
     data = fill(path, kinds)
     header_end = data.index(b"\n")
     for cut in range(len(data) + 1):
