@@ -3,7 +3,8 @@
 from callbacks.evaluate_generator import EvaluateGenerator
 from callbacks.gradient_privatizer import GradientPrivatizer
 from callbacks.privacy_accountant import PrivacyAccountant
+from callbacks.release_progress import ReleaseProgress
 from callbacks.run_folder import RunFolder
 from callbacks.sample_grid import SampleGrid
 
-__all__ = ["EvaluateGenerator", "GradientPrivatizer", "PrivacyAccountant", "RunFolder", "SampleGrid"]
+__all__ = ["EvaluateGenerator", "GradientPrivatizer", "PrivacyAccountant", "ReleaseProgress", "RunFolder", "SampleGrid"]

@@ -3,7 +3,10 @@
 Mistakes of the user end in one line on standard error and exit code 2. Heavy imports wait until a command needs them.
 """
 
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
@@ -45,12 +48,26 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"lightning-dp {__version__}")
         return 0
+    _quieten()
     try:
         return _command(arguments[0])(arguments[1:])
     except ConfigurationError as error:
         return _fail(f"{error}", 2)
     except PrivacyProtocolError as error:
         return _fail(f"privacy protocol broken: {error}", 1)
+
+
+def _quieten() -> None:
+    """Keep other libraries' greetings out of the way; our own messages stay."""
+    # Waiting threads that spin make a busy machine several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s")
+    for name in ("callbacks", "lightning_dp", "datamodules"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for message in (".*LeafSpec.*", ".*args parameter is intended to run.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

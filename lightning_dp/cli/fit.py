@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import yaml
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from callbacks import EvaluateGenerator, GradientPrivatizer, PrivacyAccountant, RunFolder, SampleGrid
+from callbacks import EvaluateGenerator, GradientPrivatizer, PrivacyAccountant, ReleaseProgress, RunFolder, SampleGrid
 from callbacks.run_folder import GRID_FILE
 from datamodules import ImageDataModule
 from lightning_dp.accounting.settings import PrivacySettings
@@ -113,7 +113,7 @@ class FitCLI(LightningCLI):
         own += [SampleGrid(path=self.run_dir / GRID_FILE, every_n_releases=options.evaluate_every)]
         own += [_checkpointer(self.run_dir, options.checkpoint_every)]
         if options.trainer.enable_progress_bar is not False:
-            own.append(RichProgressBar())
+            own.append(ReleaseProgress(accountant=accountant))
         given = {"callbacks": [*(options.trainer.callbacks or []), *own]}
         given["logger"] = _loggers(self.run_dir, options, plain) if options.trainer.logger in (None, True) else False
         return super().instantiate_trainer(**given, **kwargs)

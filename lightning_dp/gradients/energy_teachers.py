@@ -28,7 +28,7 @@ class EnergyTeachers(TeacherEnsemble):
         ConfigurationError: A number is out of range.
     """
 
-    def __init__(self, *, num_teachers: int | None = None, chunk_size: int = 4096) -> None:
+    def __init__(self, *, num_teachers: int | None = None, chunk_size: int = 512) -> None:
         for name, value in (("num_teachers", num_teachers), ("chunk_size", chunk_size)):
             if value is not None and value < 1:
                 raise ConfigurationError(f"Expected teachers.{name} >= 1, got {name}={value}.")
@@ -51,7 +51,7 @@ class EnergyTeachers(TeacherEnsemble):
     ) -> None:
         if self.is_single_record and not (shards.is_single_record and shards.num_teachers == shards.num_records):
             raise ConfigurationError(
-                f"Expected one record per teacher, got {shards.num_records} records for {shards.num_teachers} teachers; "
+                f"Expected one record per teacher, got {shards.num_records} records, {shards.num_teachers} teachers; "
                 "set teachers.num_teachers for larger shards."
             )
         self.num_teachers = shards.num_teachers

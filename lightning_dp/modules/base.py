@@ -132,6 +132,14 @@ class PrivateModule(pl.LightningModule, ABC):
             raise PrivacyProtocolError(_NO_PRIVATIZER)
         return self._session.release(chunks, shape, self.device)
 
+    def reference(
+        self, public_chunks: Iterable[RowChunk], shape: tuple[int, int], *, number: int, num_rows: int
+    ) -> Tensor:
+        """Pass public rows through the encoding of release `number`, without noise (see `ReleaseSession.reference`)."""
+        if self._session is None:
+            raise PrivacyProtocolError(_NO_PRIVATIZER)
+        return self._session.reference(public_chunks, shape, self.device, number=number, num_rows=num_rows)
+
     def backward_released(self, outputs: Tensor, released: Released) -> None:
         """Back-propagate a released value as the gradient of `outputs` into the released networks.
 

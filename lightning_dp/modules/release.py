@@ -120,6 +120,38 @@ class ReleaseSession:
         self._may_release(self.event, self.sampling)
         self._may_still_release = False
         number = self.ledger.append(self.event, self.sampling)
+        total = self._encoded_sum(chunks, shape, device, number)
+        value = self.mechanism.release(
+            self._reduce(total), self.plan, self._noise, release_number=number, public_seed=self._public_seed
+        )
+        return Released(value, number, _DOOR)
+
+    def reference(
+        self, chunks: Iterable[RowChunk], shape: tuple[int, int], device: torch.device, *, number: int, num_rows: int
+    ) -> Tensor:
+        """Return what a release would be, without noise, if these *public* rows were the private ones.
+
+        A method that compares released rows with rows of its own samples wants both to pass the same encoding (the same
+        random basis, the same clipping), so that what the encoding does to them cancels. Costs nothing: the rows must
+        be computed from released and public values only.
+
+        Args:
+            chunks: Public rows, `num_rows` for each vector.
+            shape: (num_vectors, vector_dim).
+            device: Where the rows live.
+            number: The release whose public randomness is used.
+            num_rows: Rows that judge each vector; scaled to the number of private rows.
+
+        Returns:
+            The decoded sum, (num_vectors, vector_dim), float32; public.
+        """
+        total = self._encoded_sum(chunks, shape, device, number).to(torch.float64)
+        total *= self.plan.spec.rows_per_vector / num_rows
+        return self.mechanism.decode(total, self.plan, number, self._public_seed).to(torch.float32)
+
+    def _encoded_sum(
+        self, chunks: Iterable[RowChunk], shape: tuple[int, int], device: torch.device, number: int
+    ) -> Tensor:
         total = torch.zeros(shape, dtype=self.mechanism.total_dtype, device=device)
         for chunk in chunks:
             context = EncodeContext(
@@ -131,7 +163,4 @@ class ReleaseSession:
             )
             encoded = self.mechanism.encode(chunk.values, self.plan.spec, context)
             total[chunk.queries] += encoded.sum(dim=0, dtype=self.mechanism.total_dtype)
-        value = self.mechanism.release(
-            self._reduce(total), self.plan, self._noise, release_number=number, public_seed=self._public_seed
-        )
-        return Released(value, number, _DOOR)
+        return total

@@ -5,6 +5,7 @@ other teachers plug in. What leaves is, per fake image, one released direction i
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.teachers import TeacherEnsemble, TeacherShards
-from lightning_dp.losses.energy import mean_unit_direction
+from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
+from lightning_dp.losses.energy import unit_directions
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
 from lightning_dp.networks.basis import PublicBasis
@@ -199,9 +200,13 @@ class TeacherEnsembleGAN(PrivateModule):
         latent = self.generator.sample_latent(self.images_per_step, self._public_stream(_LATENT))
         fakes = self._judged(self.generator(latent, labels))  # (B, d), or (B, C, H, W) without a basis
         rows = self.teachers.row_chunks(fakes.detach(), labels)
-        released = self.release(rows, (self.images_per_step, self.vector_dim))
-        repelled = self._repulsion(fakes.detach(), labels)
-        self.backward_released(fakes, released.map(lambda value: self.step_size * (value - repelled)))
+        shape = (self.images_per_step, self.vector_dim)
+        released = self.release(rows, shape)
+        if self.repulsion > 0:
+            pushes = self._pool_rows(fakes.detach(), labels)
+            pushed = self.reference(pushes, shape, number=released.number, num_rows=self.pool_per_class)
+            released = released.map(lambda value: value - self.repulsion * pushed)
+        self.backward_released(fakes, released.map(lambda value: self.step_size * value))
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr, call-arg]
@@ -209,21 +214,20 @@ class TeacherEnsembleGAN(PrivateModule):
             self.average.update(self.generator)
         self._round += 1
 
-    def _repulsion(self, fakes: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean unit vector from each fake towards fresh fakes of its label, weighted; public."""
-        if self.repulsion == 0:
-            return torch.zeros((), device=fakes.device)
+    def _pool_rows(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
+        """Yield the unit vectors from each fake to fresh fakes of its label: public rows."""
         classes = torch.arange(self.generator.num_classes, device=fakes.device)
         pool_labels = classes.repeat_interleave(self.pool_per_class)
         latent = self.generator.sample_latent(len(pool_labels), self._public_stream(_POOL))
         with torch.no_grad():
-            pool = self._judged(self.generator(latent, pool_labels)).flatten(1)
-        direction = torch.zeros_like(fakes).flatten(1)
-        for label in classes:
-            mine = labels == label
-            if mine.any():
-                direction[mine] = mean_unit_direction(pool[pool_labels == label], fakes[mine].flatten(1))
-        return self.repulsion * direction
+            pool = self._judged(self.generator(latent, pool_labels)).flatten(1).view(len(classes), -1, self.vector_dim)
+        flat, ids = fakes.flatten(1), torch.arange(self.pool_per_class, device=fakes.device)
+        runs, lengths = torch.unique_consecutive(labels, return_counts=True)
+        start = 0
+        for label, length in zip(runs.tolist(), lengths.tolist(), strict=True):
+            queries = slice(start, start + length)
+            yield RowChunk(ids, unit_directions(pool[label], flat[queries]), queries)
+            start += length
 
     def _judged(self, images: Tensor) -> Tensor:
         judged: Tensor = images if self.basis is None else self.basis(images)

@@ -52,7 +52,7 @@ class DCTGenerator(Generator):
         channels, height, side = image_shape
         if height != side or not 1 <= num_coefficients <= side * side:
             raise ConfigurationError(
-                f"Expected square images and num_coefficients <= {side * side}, got {image_shape=}, {num_coefficients=}."
+                f"Expected square images and num_coefficients <= {side**2}, got {image_shape=}, {num_coefficients=}."
             )
         for name, value in (("latent_dim", latent_dim), ("width", width), ("corner_frequency", corner_frequency)):
             if not value > 0:

@@ -1,0 +1,74 @@
+"""A progress bar that counts releases and shows the epsilon spent."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import override
+
+from callbacks.privacy_accountant import PrivacyAccountant
+
+_LINES_IN_A_LOG = 10
+
+
+class ReleaseProgress(ProgressBar):
+    """Shows releases made, releases planned, epsilon and time; a line now and then where there is no terminal.
+
+    Args:
+        accountant: Knows the ledger.
+    """
+
+    def __init__(self, *, accountant: PrivacyAccountant) -> None:
+        super().__init__()
+        self.accountant = accountant
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    @override
+    def disable(self) -> None:
+        """Do nothing: other ranks never start a bar."""
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero or not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("releases {task.completed}/{task.total}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[spent]}"),
+            console=self._console,
+        )
+        total = self.accountant.budget.num_releases if self.accountant.budget is not None else None
+        self._task = self._bar.add_task("releases", total=total, completed=len(self.accountant.ledger), spent="")
+        self._bar.start()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = len(self.accountant.ledger)
+        spent = f"epsilon {float(trainer.callback_metrics.get('privacy/epsilon', 0.0)):.3f}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, spent=spent)
+            return
+        total = self.accountant.budget.num_releases if self.accountant.budget is not None else 0
+        if trainer.is_global_zero and total and done % max(1, total // _LINES_IN_A_LOG) == 0:
+            self._console.print(f"releases {done}/{total}, {spent}")
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,72 @@
+import math
+
+import pytest
+
+from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.events import GaussianRelease, Sampling
+from lightning_dp.accounting.settings import PrivacySettings, resolve_budget
+from lightning_dp.errors import ConfigurationError
+
+FULL = Sampling(scheme="full")
+
+
+def event(noise_multiplier: float) -> GaussianRelease:
+    return GaussianRelease(noise_std=noise_multiplier * 10, l2_sensitivity=10.0)
+
+
+def resolve(max_steps=None, **options):
+    settings = PrivacySettings(neighboring_relation="replace_one", **options)
+    return resolve_budget(settings, make_event=event, sampling=FULL, max_steps=max_steps)
+
+
+@pytest.mark.parametrize(("epsilon", "mu"), [(1, 0.26805), (10, 2.00045)])
+def test_target_and_length_give_the_noise(epsilon, mu):
+    budget = resolve(max_steps=400, target_epsilon=epsilon)
+    assert budget.noise_multiplier == pytest.approx(math.sqrt(400) / mu, rel=1e-4)
+    spent = compute_epsilon({(event(budget.noise_multiplier), FULL): 400}, delta=1e-5, relation="replace_one").epsilon
+    assert 0.99 * epsilon <= spent <= epsilon
+
+
+def test_target_and_noise_give_the_length():
+    """DataLens on MNIST at epsilon 1: 149 releases (teacher_gans, known answer 10)."""
+    budget = resolve(target_epsilon=1.0, noise_multiplier=5000 / (2 * math.sqrt(200 * 15)))
+    assert budget.num_releases == 149
+
+
+def test_noise_and_length_give_epsilon():
+    budget = resolve(max_steps=86, noise_multiplier=5000 / (2 * math.sqrt(200 * 15)))
+    assert budget.epsilon == pytest.approx(0.7381, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "No privacy setting"),
+        ({"max_steps": 5}, "No privacy setting"),
+        ({"target_epsilon": 1.0}, "add --trainer.max_steps"),
+        ({"noise_multiplier": 1.0}, "does not bound the run"),
+        ({"target_epsilon": 1.0, "noise_multiplier": 0.5}, "one release already costs more"),
+        ({"target_epsilon": 1.0, "noise_multiplier": 10.0, "max_steps": 400}, "Contradictory"),
+    ],
+)
+def test_too_little_and_contradictory_settings_are_refused(options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        resolve(**options)
+
+
+@pytest.mark.parametrize("name", ["target_epsilon", "noise_multiplier"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_bad_numbers_are_refused(name, value):
+    with pytest.raises(ConfigurationError, match=name):
+        PrivacySettings(neighboring_relation="replace_one", **{name: value})
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_bad_deltas_are_refused(delta):
+    with pytest.raises(ConfigurationError, match="target_delta"):
+        PrivacySettings(neighboring_relation="replace_one", target_epsilon=1.0, target_delta=delta)
+
+
+def test_unknown_relations_are_refused_with_the_choices():
+    with pytest.raises(ConfigurationError, match="replace_one"):
+        PrivacySettings(neighboring_relation="replace", target_epsilon=1.0)
