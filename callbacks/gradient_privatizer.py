@@ -28,12 +28,22 @@ class GradientPrivatizer(pl.Callback):
         mechanism: How rows become one release.
         accountant: The callback that keeps the ledger.
         public_seed: Seed of public randomness (rotations, projections); not of the noise.
+        raw_telemetry: Log numbers computed from private rows without noise, under raw/. The logs are then private, and
+            the claim says so.
     """
 
-    def __init__(self, *, mechanism: Mechanism, accountant: PrivacyAccountant, public_seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        mechanism: Mechanism,
+        accountant: PrivacyAccountant,
+        public_seed: int = 0,
+        raw_telemetry: bool = False,
+    ) -> None:
         self.mechanism = mechanism
         self.accountant = accountant
         self.public_seed = public_seed
+        self.raw_telemetry = raw_telemetry
         self.plan: ReleasePlan | None = None
         self._attached = False
 
@@ -79,6 +89,7 @@ class GradientPrivatizer(pl.Callback):
             raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")
         budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
         _refuse_coupled_records(pl_module)
+        pl_module.logs_raw = self.raw_telemetry
         pl_module.planned_releases = budget.num_releases
         settings = self.accountant.privacy
         header = {
@@ -89,6 +100,8 @@ class GradientPrivatizer(pl.Callback):
             "accountant": settings.accountant,
             "unverified": ["that noise is secret: privacy.insecure_seed fixes it"]
             * (settings.insecure_seed is not None),
+            "warnings": ["telemetry.raw was on: logs hold numbers without noise and must stay private"]
+            * self.raw_telemetry,
             "dataset": data.name,
             "num_records": data.num_records,
             "fingerprint": data.fingerprint,
@@ -116,6 +129,7 @@ class GradientPrivatizer(pl.Callback):
             noise=noise,
             public_seed=self.public_seed,
             may_release=self.accountant.check_release,
+            log_raw=pl_module.log if self.raw_telemetry else None,
         )
         pl_module.attach(session)
 

@@ -110,6 +110,7 @@ class PrivacyAccountant(pl.Callback):
             budget_epsilon=self._budget.epsilon,
             delta=self._budget.delta,
             relation=self.privacy.relation,
+            accountant=self.privacy.accountant,
         )
 
     @override

@@ -225,7 +225,7 @@ def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> P
     """Return the claim of a run from its ledger alone; a run's own claim is made by the same call.
 
     The header holds, besides relation, unit and number of records: mechanism, target_delta, accountant, and the lists
-    conditional_on and unverified.
+    conditional_on, unverified and warnings.
 
     Args:
         ledger: The ledger of a run.
@@ -251,6 +251,7 @@ def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> P
         accountant=header.get("accountant", "auto"),
         conditional_on=tuple(header.get("conditional_on", ())),
         unverified=tuple(header.get("unverified", ())),
+        extra_warnings=tuple(header.get("warnings", ())),
     )
 
 

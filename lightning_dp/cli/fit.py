@@ -69,6 +69,9 @@ class FitCLI(LightningCLI):
         parser.add_subclass_arguments(Mechanism, "mechanism", required=True, help="How private rows become a release.")
         parser.add_class_arguments(PrivacySettings, "privacy")
         parser.add_class_arguments(EvaluationProtocol, "evaluation")
+        parser.add_argument(
+            "--telemetry.raw", type=bool, default=False, help="Log numbers without noise; the logs are then private."
+        )
         parser.add_argument("--name", type=str, default="run", help="Name of the experiment.")
         parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME/TIME).")
         parser.add_argument(
@@ -92,7 +95,13 @@ class FitCLI(LightningCLI):
         """Plan the run from public facts, make the run folder, then build callbacks, loggers and the trainer."""
         options, config = self.config_init, self.config
         accountant = PrivacyAccountant(privacy=options.privacy)
-        privatizer = GradientPrivatizer(mechanism=options.mechanism, accountant=accountant, public_seed=self.seed)
+        self.model.public_seed = self.seed
+        privatizer = GradientPrivatizer(
+            mechanism=options.mechanism,
+            accountant=accountant,
+            public_seed=self.seed,
+            raw_telemetry=options.telemetry.raw,
+        )
         # Contradictory settings end here, before a record is read or a folder is made.
         max_steps = options.trainer.max_steps
         privatizer.plan_run(self.model, self.datamodule, None if max_steps < 0 else max_steps)

@@ -6,5 +6,21 @@ from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
+from lightning_dp.networks.basis import LowFrequencyDCT
+from lightning_dp.networks.datalens import DataLensGenerator
+from lightning_dp.networks.dct import DCTGenerator
+from lightning_dp.networks.small import MLPGenerator, SmallConvGenerator
 
-__all__ = ["DiscriminatorTeachers", "EnergyTeachers", "Gaussian", "NoPrivacy", "TeacherEnsembleGAN", "TopAgg"]
+__all__ = [
+    "DCTGenerator",
+    "DataLensGenerator",
+    "DiscriminatorTeachers",
+    "EnergyTeachers",
+    "Gaussian",
+    "LowFrequencyDCT",
+    "MLPGenerator",
+    "NoPrivacy",
+    "SmallConvGenerator",
+    "TeacherEnsembleGAN",
+    "TopAgg",
+]

@@ -157,7 +157,11 @@ class ContributionSpec:
 
     @classmethod
     def joint(cls, *, num_vectors: int, vector_dim: int) -> "ContributionSpec":
-        """Describe one gradient that couples all records: any change moves it anywhere in the ball."""
+        """Describe one gradient that couples all records: any change moves it anywhere in the ball.
+
+        Replace-one is left out: under Poisson sampling, accountants take half of its sensitivity as the distance that a
+        record's absence makes, and a joint gradient moves by the whole 2C when a record is absent.
+        """
         moved = (RowChange(num_replaced=1),)
         return cls(
             kind="joint",
@@ -166,7 +170,7 @@ class ContributionSpec:
             vector_dim=vector_dim,
             rows_per_vector=1.0,
             max_rows_per_vector=1,
-            changes={_ADD_REMOVE: moved, _ZERO_OUT: moved, _REPLACE: moved},
+            changes={_ADD_REMOVE: moved, _ZERO_OUT: moved},
         )
 
     def alternatives(self, relation: NeighboringRelation) -> tuple[RowChange, ...]:

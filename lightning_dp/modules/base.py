@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
@@ -20,6 +21,9 @@ _NO_PRIVATIZER = (
     "No GradientPrivatizer is attached. Add callbacks.GradientPrivatizer to the trainer (the command line does so), or "
     "choose its mechanism NoPrivacy for a run without privacy."
 )
+
+_PUBLIC_PREFIXES = ("privacy/", "eval/", "cost/", "public/")
+RAW_PREFIX = "raw/"
 
 
 class PublicFacts(Protocol):
@@ -69,6 +73,7 @@ class PrivateModule(pl.LightningModule, ABC):
         self._stamps: dict[int, tuple[Tensor, int]] = {}
         self._facts: PublicFacts | None = None
         self.planned_releases = 0
+        self.logs_raw = False
 
     # What a method declares ------------------------------------------------------------------------------------------
 
@@ -159,6 +164,27 @@ class PrivateModule(pl.LightningModule, ABC):
         gradient = -released.value.reshape(outputs.shape).to(outputs)
         torch.autograd.backward(outputs, grad_tensors=gradient, inputs=[p for p in parameters if p.requires_grad])
         self._stamps = {id(p): (p.grad, p.grad._version) for p in parameters if p.grad is not None}
+
+    @override
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Log a number that may leave; fail closed on any other.
+
+        Names under ``privacy/``, ``eval/``, ``cost/`` and ``public/`` promise that the value is public or was released.
+        Names under ``raw/`` (computed from private records without noise) are dropped unless ``telemetry.raw`` is on,
+        which the claim then states.
+
+        Raises:
+            PrivacyProtocolError: The name promises nothing.
+        """
+        if name.startswith(RAW_PREFIX):
+            if not self.logs_raw:
+                return
+        elif not name.startswith(_PUBLIC_PREFIXES):
+            raise PrivacyProtocolError(
+                f"The log name {name!r} does not say whether its value may leave: use one of "
+                f"{', '.join(_PUBLIC_PREFIXES)} for public or released values, {RAW_PREFIX} for all others."
+            )
+        super().log(name, *args, **kwargs)
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 

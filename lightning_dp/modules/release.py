@@ -54,6 +54,7 @@ class ReleaseSession:
         public_seed: Seed of public randomness.
         may_release: Asked before each release whether the budget still holds the event; raises if it does not.
         reduce: Sums the total over ranks; the identity on one process.
+        log_raw: Takes numbers computed from private rows without noise; None computes none.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ReleaseSession:
         public_seed: int,
         may_release: Callable[[ReleaseEvent, Sampling], None],
         reduce: Callable[[Tensor], Tensor] = lambda total: total,
+        log_raw: Callable[[str, float], None] | None = None,
     ) -> None:
         mechanism.check(plan.spec)
         self.mechanism = mechanism
@@ -78,6 +80,7 @@ class ReleaseSession:
         self._public_seed = public_seed
         self._may_release = may_release
         self._reduce = reduce
+        self._log_raw = log_raw
         self._may_still_release = False
 
     def begin_step(self) -> None:
@@ -120,9 +123,12 @@ class ReleaseSession:
         self._may_release(self.event, self.sampling)
         self._may_still_release = False
         number = self.ledger.append(self.event, self.sampling)
-        total = self._encoded_sum(chunks, shape, device, number)
+        total = self._reduce(self._encoded_sum(chunks, shape, device, number))
+        if self._log_raw is not None and self.mechanism.is_private:
+            noise_energy = self.mechanism.noise_std(self.plan) * total.numel() ** 0.5
+            self._log_raw("raw/signal_to_noise", float(total.double().norm()) / noise_energy)
         value = self.mechanism.release(
-            self._reduce(total), self.plan, self._noise, release_number=number, public_seed=self._public_seed
+            total, self.plan, self._noise, release_number=number, public_seed=self._public_seed
         )
         return Released(value, number, _DOOR)
 

@@ -48,7 +48,8 @@ class TeacherEnsembleGAN(PrivateModule):
         betas: Adam's betas.
         final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
         ema_decay: Decay of the moving average of the generator that is released; 0 releases the last iterate.
-        public_seed: Seed of latents and labels; not of the noise.
+        public_seed: Seed of latents, labels and teachers' initial weights; not of the noise. The command line sets it
+            to seed_everything.
 
     Raises:
         ConfigurationError: A value is out of range, or generator and teachers do not fit.

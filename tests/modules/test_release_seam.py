@@ -257,3 +257,29 @@ def test_planning_reads_no_record():
     budget = privatizer.plan_run(tiny_gan(), Unreadable(), 5)
     assert budget.num_releases == 5
     assert isinstance(accountant, PrivacyAccountant)
+
+
+class TestTelemetry:
+    def keys(self, tmp_path, raw, name="raw/loss"):
+        class Logs(TeacherEnsembleGAN):
+            def training_step(self, batch, batch_idx):
+                super().training_step(batch, batch_idx)
+                self.log(name, self.trainer.datamodule.train_images.float().mean())
+
+        privatizer, accountant = callbacks_for()
+        privatizer.raw_telemetry = raw
+        trainer = fit(tmp_path, as_class(Logs), callbacks=[privatizer, accountant])
+        return set(trainer.callback_metrics), accountant
+
+    def test_raw_numbers_are_dropped(self, tmp_path):
+        keys, _ = self.keys(tmp_path, raw=False)
+        assert keys == {"privacy/epsilon", "privacy/releases"}
+
+    def test_raw_numbers_appear_when_asked_for_and_the_claim_says_so(self, tmp_path):
+        keys, accountant = self.keys(tmp_path, raw=True)
+        assert keys == {"privacy/epsilon", "privacy/releases", "raw/loss", "raw/signal_to_noise"}
+        assert any("telemetry.raw" in warning for warning in accountant.claim().warnings)
+
+    def test_a_name_that_promises_nothing_is_refused(self, tmp_path):
+        with pytest.raises(PrivacyProtocolError, match="does not say"):
+            self.keys(tmp_path, raw=True, name="train_loss")

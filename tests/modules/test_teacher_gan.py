@@ -119,7 +119,7 @@ def test_chunks_of_teachers_change_nothing():
 
 def test_rows_of_fakes_that_lie_like_the_records_cancel_exactly(run_tiny):
     """`reference` passes the same encoding as the private rows, so equal rows leave no direction."""
-    module, privatizer, _, _ = run_tiny(mechanism=NoPrivacy(), max_steps=1)
+    module, *_ = run_tiny(mechanism=NoPrivacy(), max_steps=1)
     records, points = torch.randn(20, module.vector_dim), torch.randn(2, module.vector_dim)
 
     def chunk():
@@ -166,7 +166,7 @@ def test_average_is_what_leaves(run_tiny):
 
 
 def test_learning_rate_falls_to_its_share_over_the_planned_run(run_tiny):
-    module, _, _, trainer = run_tiny(module=tiny_gan(final_learning_rate_share=0.1, learning_rate=0.5))
+    *_, trainer = run_tiny(module=tiny_gan(final_learning_rate_share=0.1, learning_rate=0.5))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05)
     assert trainer.optimizers[0].param_groups[1]["lr"] == pytest.approx(0.005)
 
