@@ -165,6 +165,25 @@ class PrivateModule(pl.LightningModule, ABC):
         torch.autograd.backward(outputs, grad_tensors=gradient, inputs=[p for p in parameters if p.requires_grad])
         self._stamps = {id(p): (p.grad, p.grad._version) for p in parameters if p.grad is not None}
 
+    def assign_released(self, parameters: Iterable[nn.Parameter], released: Released) -> None:
+        """Make a released gradient the gradient of parameters of the released networks.
+
+        For methods whose rows are gradients of a loss with respect to parameters, flattened in this order.
+
+        Args:
+            parameters: Parameters of released networks, in the order in which the rows were flattened.
+            released: The released mean gradient (not a descent direction), one number per parameter entry.
+        """
+        if not isinstance(released, Released):
+            raise PrivacyProtocolError("assign_released() takes the value that release() returned, not a tensor.")
+        wanted = list(parameters)
+        for parameter in self._released_parameters():
+            parameter.grad = None
+        parts = released.value.flatten().split([parameter.numel() for parameter in wanted])
+        for parameter, part in zip(wanted, parts, strict=True):
+            parameter.grad = part.reshape(parameter.shape).to(parameter)
+        self._stamps = {id(p): (p.grad, p.grad._version) for p in wanted if p.grad is not None}
+
     @override
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Log a number that may leave; fail closed on any other.
