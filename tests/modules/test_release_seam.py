@@ -273,11 +273,11 @@ class TestTelemetry:
 
     def test_raw_numbers_are_dropped(self, tmp_path):
         keys, _ = self.keys(tmp_path, raw=False)
-        assert keys == {"privacy/epsilon", "privacy/releases"}
+        assert not any(key.startswith("raw/") for key in keys)
 
     def test_raw_numbers_appear_when_asked_for_and_the_claim_says_so(self, tmp_path):
         keys, accountant = self.keys(tmp_path, raw=True)
-        assert keys == {"privacy/epsilon", "privacy/releases", "raw/loss", "raw/signal_to_noise"}
+        assert {key for key in keys if key.startswith("raw/")} == {"raw/loss", "raw/signal_to_noise"}
         assert any("telemetry.raw" in warning for warning in accountant.claim().warnings)
 
     def test_a_name_that_promises_nothing_is_refused(self, tmp_path):
