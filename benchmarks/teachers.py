@@ -93,7 +93,7 @@ def compare(
             new = measure_apart(network, num_teachers, backend, batch, device, seconds)
             if backend not in found or new["round_s"] < found[backend]["round_s"]:
                 found[backend] = new
-    chosen = choose_backend(network, torch.device(device), batch)
+    chosen = choose_backend(network, torch.device(device))
     best = max(result["samples_per_s"] for result in found.values())
     return {
         "network": network,

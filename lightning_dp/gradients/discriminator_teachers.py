@@ -44,22 +44,19 @@ CPU_CHUNKS: Final[dict[tuple[str, str], int]] = {
     ("mlp", "loop"): 16,
     ("mlp", "stacked"): 32,
 }
-# Below this batch, calling thousands of tiny convolutions one by one costs more than stacking them does.
-CPU_SMALL_BATCH: Final = 20
 CPU_MEMORY_BUDGET: Final = 1_500_000_000
 CUDA_FREE_FRACTION: Final = 0.5
 ADAM_EPS: Final = 1e-8
 
 
-def choose_backend(network: str, device: torch.device, batch: int) -> BackendName:
-    """Return the faster backend: on a CPU the loop for convolutions, unless the batch is small; else stacked.
+def choose_backend(network: str, device: torch.device) -> BackendName:
+    """Return the faster backend: the loop for convolutions on a CPU, else stacked.
 
     Args:
         network: A name of `NETWORKS`.
         device: Where the teachers work.
-        batch: Records of a teacher per round.
     """
-    if device.type != "cpu" or network == "mlp" or batch < CPU_SMALL_BATCH:
+    if device.type != "cpu" or network == "mlp":
         return "stacked"
     return "loop"
 
@@ -70,7 +67,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
     State lies in stacked tensors (T, ...) whichever backend computes, so checkpoints move between backends, chunk sizes
     and devices. Adam is element-wise: run on a slice of the stack it is one Adam per teacher. Nothing else is kept.
 
-    # Differs: the fakes of a round are made once, for every label at every batch position, and teachers pick by
+    Differs: the fakes of a round are made once, for every label at every batch position, and teachers pick by
     their own labels; the published program runs the generator on the private labels of each teacher. With a generator
     without batch statistics both give the same fakes; with them, ours cannot carry labels between teachers.
 
@@ -153,7 +150,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._optimizer_steps = self._rounds = 0
         chosen = self.backend_name
         if chosen == "auto":
-            chosen = choose_backend(self.network_name, self._device, self._batch)
+            chosen = choose_backend(self.network_name, self._device)
         self.chosen_backend = chosen
         self._backend = BACKENDS[self.chosen_backend](network.to(self._device))
         self._memory_budget = _memory_budget(self._device)
