@@ -3,8 +3,17 @@
 from callbacks.evaluate_generator import EvaluateGenerator
 from callbacks.gradient_privatizer import GradientPrivatizer
 from callbacks.privacy_accountant import PrivacyAccountant
+from callbacks.private_checkpoint import PrivateCheckpoint
 from callbacks.release_progress import ReleaseProgress
 from callbacks.run_folder import RunFolder
 from callbacks.sample_grid import SampleGrid
 
-__all__ = ["EvaluateGenerator", "GradientPrivatizer", "PrivacyAccountant", "ReleaseProgress", "RunFolder", "SampleGrid"]
+__all__ = [
+    "EvaluateGenerator",
+    "GradientPrivatizer",
+    "PrivacyAccountant",
+    "PrivateCheckpoint",
+    "ReleaseProgress",
+    "RunFolder",
+    "SampleGrid",
+]

@@ -62,6 +62,7 @@ class GradientPrivatizer(pl.Callback):
         module.describe_data(data)
         spec = module.contribution_spec()
         self.mechanism.check(spec)
+        _refuse_coupled_records(module)
         # The length of a run without privacy is that of the private run which the same settings describe.
         priced = self.mechanism if self.mechanism.is_private else _stand_in()
 
@@ -83,12 +84,11 @@ class GradientPrivatizer(pl.Callback):
                 f"GradientPrivatizer needs a PrivateModule, got {type(pl_module).__name__}: its gradients would leave "
                 "without a release. Derive the model from lightning_dp.modules.PrivateModule."
             )
-        self._refuse_unsafe_settings(trainer)
+        self.check_trainer(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")
         budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
-        _refuse_coupled_records(pl_module)
         pl_module.logs_raw = self.raw_telemetry
         pl_module.planned_releases = budget.num_releases
         settings = self.accountant.privacy
@@ -107,12 +107,16 @@ class GradientPrivatizer(pl.Callback):
             "fingerprint": data.fingerprint,
         }
         self.accountant.open(budget, header)
-        if self.mechanism.is_private:
-            _logger.info(
-                f"Privacy: {budget.num_releases} releases of {type(self.mechanism).__name__}, noise multiplier "
-                f"{budget.noise_multiplier:.4g} (noise std {self.mechanism.noise_std(self._plan):.4g}), "
-                f"budget epsilon={budget.epsilon:.4g} at delta={budget.delta:g}, {header['relation']}."
-            )
+        plan = f"Privacy: {budget.num_releases} releases of {type(self.mechanism).__name__}"
+        if not self.mechanism.is_private:
+            _logger.info(f"{plan}, which bounds nothing: the run is not private.")
+            return
+        budgeted = f"budget epsilon={budget.epsilon:.4g} at delta={budget.delta:g}, {header['relation']}"
+        _logger.info(
+            f"{plan}, noise multiplier {budget.noise_multiplier:.4g} (noise std "
+            f"{self.mechanism.noise_std(self._plan):.4g}), "
+            f"{budgeted if not header['unverified'] else 'not private: ' + header['unverified'][0]}."
+        )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,7 +143,12 @@ class GradientPrivatizer(pl.Callback):
             raise PrivacyProtocolError("The plan is fixed by plan_run(), which setup() calls.")
         return self.plan
 
-    def _refuse_unsafe_settings(self, trainer: pl.Trainer) -> None:
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """Refuse trainer settings that would spoil the guarantee; the command line asks before a folder is made.
+
+        Raises:
+            ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, many devices.
+        """
         others = [c for c in trainer.callbacks if isinstance(c, GradientPrivatizer)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ConfigurationError(

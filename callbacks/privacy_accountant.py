@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
-from lightning_dp.accounting.accountants import EpsilonResult, compute_epsilon, would_exceed
+from lightning_dp.accounting.accountants import would_exceed
 from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
@@ -27,13 +27,20 @@ class PrivacyAccountant(pl.Callback):
     Args:
         privacy: The user's privacy settings.
         ledger_path: File of the ledger; None keeps it in memory and in checkpoints only.
+
+    Attributes:
+        budget: What was decided beforehand; None before setup.
+        epsilon: Epsilon of the releases so far, as last logged; None before the first, and for every run whose claim is
+            not PROVED.
     """
 
     def __init__(self, *, privacy: PrivacySettings, ledger_path: Path | None = None) -> None:
         self.privacy = privacy
         self.ledger_path = ledger_path
         self.budget: PrivacyBudget | None = None
+        self.epsilon: float | None = None
         self._ledger: PrivacyLedger | None = None
+        self._num_restored = 0
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -69,15 +76,6 @@ class PrivacyAccountant(pl.Callback):
                     f"The ledger {self.ledger_path} was opened with {name}={found!r}, now {name}={value!r}. "
                     "Resume with the settings of the run, or start a new run in another --run_dir."
                 )
-
-    def spent(self) -> EpsilonResult:
-        """Return epsilon of all releases so far."""
-        return compute_epsilon(
-            self.ledger.counts(),
-            delta=self.privacy.target_delta,
-            relation=self.privacy.relation,
-            accountant=self.privacy.accountant,
-        )
 
     def claim(self) -> PrivacyClaim:
         """Return what can be said of everything released so far."""
@@ -115,20 +113,38 @@ class PrivacyAccountant(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say_what_is_lost()
         self._stop_if_spent(trainer)
+
+    def _say_what_is_lost(self) -> None:
+        """Tell of releases that are charged and whose effect no checkpoint holds."""
+        lost = len(self.ledger) - self._num_restored
+        if lost and not self._num_restored and lost >= self._budget.num_releases:
+            raise ConfigurationError(
+                f"All {lost} planned releases of this run are spent and no checkpoint holds what they taught. "
+                "Start a new run in another --run_dir (its epsilon adds to this one's)."
+            )
+        if lost:
+            _logger.info(f"{lost} releases after the last checkpoint stay charged; what they taught is lost.")
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        epsilon = self.spent().epsilon
-        pl_module.log_dict({"privacy/epsilon": epsilon, "privacy/releases": float(len(self.ledger))}, prog_bar=True)
+        self.epsilon = self.claim().epsilon
+        metrics = {"privacy/releases": float(len(self.ledger))}
+        if self.epsilon is not None:
+            metrics["privacy/epsilon"] = self.epsilon
+        pl_module.log_dict(metrics, logger=False)  # for other callbacks, rounded to float32
+        # Loggers get it exactly: an epsilon may not be shown below what was proved.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
         self._stop_if_spent(trainer)
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         last = next(reversed(self.ledger.counts()), None) if len(self.ledger) else None
         if last is not None and self._is_beyond_budget(*last):
-            _logger.info(f"Privacy budget spent after {len(self.ledger)} releases; the run ends.")
+            _logger.info(f"All planned releases are made, or the budget is spent, after {len(self.ledger)} releases.")
             trainer.should_stop = True
 
     @override
@@ -138,6 +154,7 @@ class PrivacyAccountant(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ledger.merge(state_dict["ledger"])
+        self._num_restored = sum(run["count"] for run in state_dict["ledger"]["runs"])
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from typing_extensions import override
 
 from callbacks.privacy_accountant import PrivacyAccountant
+from lightning_dp.evaluation.card_text import ceil_text
 
 _LINES_IN_A_LOG = 10
 
@@ -52,7 +53,8 @@ class ReleaseProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = len(self.accountant.ledger)
-        spent = f"epsilon {float(trainer.callback_metrics.get('privacy/epsilon', 0.0)):.3f}"
+        epsilon = self.accountant.epsilon
+        spent = f"epsilon {ceil_text(epsilon)}" if epsilon is not None else "no epsilon is proved"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, spent=spent)
             return

@@ -80,9 +80,11 @@ class RunFolder(pl.Callback):
         save_generator(self.path / RELEASE_FOLDER, pl_module.released_generator(), claim.to_dict())
         self.card = self._make_card(trainer, pl_module)
         write_run_card(self.path, self.card)
-        metrics = {"privacy/final_epsilon": claim.epsilon} if claim.epsilon is not None else {}
+        metrics = {"cost/train_time_s": self._train_time_s, "privacy/delta": claim.delta}
+        if claim.epsilon is not None:
+            metrics["privacy/final_epsilon"] = claim.epsilon
         for logger in trainer.loggers:
-            logger.log_metrics(metrics | {"cost/train_time_s": self._train_time_s}, step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     def _make_card(self, trainer: pl.Trainer, module: PrivateModule) -> RunCard:
         accountant, data = self.privatizer.accountant, trainer.datamodule  # type: ignore[attr-defined]
@@ -97,7 +99,7 @@ class RunFolder(pl.Callback):
             claim=claim.to_dict(),
             claim_statement=claim.statement(),
             budget={
-                "target_epsilon": privacy.target_epsilon,
+                "target_epsilon": privacy.target_epsilon if claim.epsilon is not None else None,
                 "target_delta": privacy.target_delta,
                 "planned_releases": budget.num_releases if budget is not None else None,
                 "releases": len(accountant.ledger),

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes them from the process.
 
     Returns:
-        Exit code: 0 done, 1 a broken privacy protocol, 2 a mistake of the user in one line.
+        Exit code: 0 done, 1 a broken privacy protocol, 2 a mistake of the user in one line, 130 interrupted.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}", 2)
     except PrivacyProtocolError as error:
         return _fail(f"privacy protocol broken: {error}", 1)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", 130)
 
 
 def _quieten() -> None:
@@ -62,7 +64,6 @@ def _quieten() -> None:
     # Waiting threads that spin make a busy machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("WANDB_SILENT", "true")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")
     for name in ("callbacks", "lightning_dp", "datamodules"):
         logging.getLogger(name).setLevel(logging.INFO)
@@ -81,7 +82,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "data": commands.data,
     }
     if name not in known:
-        from lightning_dp.cli.parsing import nearest
+        from lightning_dp.cli.messages import nearest
 
         raise ConfigurationError(f"Unknown command {name!r}; choose from {', '.join(known)}.{nearest(name, known)}")
     for plugin in entry_points(group="lightning_dp.plugins"):

@@ -1,30 +1,37 @@
 """The commands, each a function from its arguments to an exit code."""
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from lightning_dp.cli.parsing import check_class_names, nearest, one_line, parse
+from lightning_dp.cli.messages import nearest
+from lightning_dp.cli.parsing import check_class_names, one_line, parse
 from lightning_dp.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from lightning_dp.accounting.claim import PrivacyClaim
+
+
+_GIVE_A_RUN = "Give the folder of a run (the one that fit printed, with ledger.jsonl in it)."
 
 
 def fit(arguments: list[str]) -> int:
     """Train one private generator and print the table that ends a run."""
     from rich.console import Console
 
-    from datamodules import MNIST, EmbeddedDigits, FashionMNIST, ImageDataModule  # noqa: F401  (names for flags)
     from lightning_dp.cli import plugins  # noqa: F401  (names for flags)
-    from lightning_dp.cli.fit import FitCLI
+    from lightning_dp.cli.fit import ROOTS, FitCLI
     from lightning_dp.evaluation.report import metrics_table
-    from lightning_dp.mechanisms.base import Mechanism
-    from lightning_dp.modules.base import PrivateModule
 
-    roots = {"mechanism": Mechanism, "model": PrivateModule, "data": ImageDataModule}
-    check_class_names(arguments, roots)
-    cli = one_line(lambda: FitCLI(arguments), roots)
+    # Lightning sets its level when it is imported; its greetings would bury our lines.
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    check_class_names(arguments, ROOTS)
+    cli = FitCLI(arguments)
     card = cli.run()
     console = Console()
     console.print(metrics_table(card))
@@ -74,16 +81,18 @@ def evaluate(arguments: list[str]) -> int:
 
     parser = ArgumentParser(prog="lightning-dp evaluate", exit_on_error=False, description=evaluate.__doc__)
     parser.add_argument("run", type=str, help="Run folder.")
-    parser.add_class_arguments(EvaluationProtocol, "evaluation")
+    parser.add_class_arguments(EvaluationProtocol, "evaluation", help="As in the run, unless a flag says otherwise.")
     parser.add_argument("--root", type=str | None, default=None, help="Data root (default: as in the run).")
     parser.add_argument("--seed", type=int, default=1, help="Seed of the samples.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+    run = Path(str(parse(parser, arguments).run))  # type: ignore[attr-defined]
+    generator, _ = load_generator(run)
+    config = _config_of(run)
+    parser.set_defaults({"evaluation": config["evaluation"]})
     options: Any = parse(parser, arguments)
     protocol: EvaluationProtocol = one_line(lambda: parser.instantiate_classes(options), {}).evaluation
-    run = Path(options.run)
     card = read_run_card(run)
-    generator, _ = load_generator(run)
-    data = _data_of(run, options.root)
+    data = _data_of(config, options.root)
     data.setup("test")
     images, labels = generator.sample(protocol.num_samples, seed=options.seed)
     result = evaluate_samples(images, labels, data.test_images, data.test_labels, protocol)
@@ -95,8 +104,8 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def account(arguments: list[str]) -> int:
-    """Recompute the claim of a run from its ledger alone."""
-    from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger
+    """Recompute the claim of a run from its ledger alone; exit code 1 if the run's own claim is another."""
+    from lightning_dp.accounting.claim import claim_from_ledger
     from lightning_dp.accounting.ledger import PrivacyLedger
 
     parser = ArgumentParser(prog="lightning-dp account", exit_on_error=False, description=account.__doc__)
@@ -107,19 +116,14 @@ def account(arguments: list[str]) -> int:
     run = Path(options.run)
     path = run if run.is_file() else run / "ledger.jsonl"
     if not path.is_file():
-        raise DataError(f"Expected a ledger at {path}, found nothing. Give the folder of a run.")
+        raise DataError(f"Expected a ledger at {path}, found nothing. {_GIVE_A_RUN}")
     ledger = PrivacyLedger.read(path)
     claim = claim_from_ledger(ledger, delta=options.delta)
-    recorded = path.parent / "claim.json"
-    agrees = None
-    if recorded.exists():
-        stored = json.loads(recorded.read_text())
-        same_delta = stored.get("delta") == claim.delta
-        stored.pop("statement", None)
-        agrees = PrivacyClaim.from_dict(stored) == claim if same_delta else None
+    agrees = _agrees(claim, path.parent / "claim.json")
+    code = 1 if agrees is False else 0
     if options.json:
         print(json.dumps({**claim.to_dict(), "statement": claim.statement(), "agrees_with_run": agrees}, indent=2))
-        return 0
+        return code
     print(claim.statement())
     print(f"releases: {claim.num_releases}; sampler: {claim.sampler}; data: {ledger.header.get('dataset')}")
     for title, lines in (
@@ -131,7 +135,7 @@ def account(arguments: list[str]) -> int:
             print(f"  {title}: {line}")
     if agrees is not None:
         print("agrees with the run's own claim" if agrees else "DIFFERS from the run's own claim (claim.json)")
-    return 0
+    return code
 
 
 def data(arguments: list[str]) -> int:
@@ -139,29 +143,50 @@ def data(arguments: list[str]) -> int:
     if not arguments or arguments[0] != "fetch":
         got = arguments[0] if arguments else "nothing"
         raise ConfigurationError(f"Expected 'lightning-dp data fetch NAME', got {got!r} after data.")
-    from datamodules.fetch import fetch, names
+    from datamodules.fetch import FETCH_NAMES, fetch, find_dataset, progress_bar
 
     parser = ArgumentParser(prog="lightning-dp data fetch", exit_on_error=False, description=data.__doc__)
-    parser.add_argument("name", type=str, help=f"Data set: {', '.join(names())}.")
+    parser.add_argument("name", type=str, help=f"Data set: {', '.join(FETCH_NAMES)}.")
     parser.add_argument("--root", type=str, default="data", help="Data root to fill.")
     options: Any = parse(parser, arguments[1:])
-    for path in fetch(options.name, Path(options.root)):
+    find_dataset(options.name)  # a misspelt name is refused before a bar is drawn
+    with progress_bar() as progress:
+        paths = fetch(options.name, Path(options.root), progress)
+    for path in paths:
         print(path)
     return 0
 
 
-def _data_of(run: Path, root: str | None) -> Any:
+def _agrees(claim: "PrivacyClaim", recorded: Path) -> bool | None:
+    """Tell whether the run's own claim is this one; None if there is none, or it is about another delta."""
+    from lightning_dp.accounting.claim import PrivacyClaim
+
+    if not recorded.exists():
+        return None
+    try:
+        stored = PrivacyClaim.from_dict(json.loads(recorded.read_text()))
+    except (ValueError, TypeError, OSError):  # not JSON, or no claim: whatever it is, it does not agree
+        return False
+    return stored == claim if stored.delta == claim.delta else None
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    """Return the resolved configuration of a run."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        return {"data": dict(config["data"]), "evaluation": dict(config["evaluation"])}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"Expected the configuration of a run in {run / 'config.yaml'} ({error}).") from None
+
+
+def _data_of(config: dict[str, Any], root: str | None) -> Any:
     """Return the data module of a run's configuration."""
     import datamodules
 
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise DataError(f"Expected the configuration of a run in {run / 'config.yaml'} ({error}).") from None
-    name = str(config["class_path"]).rpartition(".")[2]
+    name = str(config["data"]["class_path"]).rpartition(".")[2]
     if name not in datamodules.__all__:
         raise ConfigurationError(f"Unknown data module {name!r}.{nearest(name, datamodules.__all__)}")
-    options = dict(config.get("init_args") or {})
+    options = dict(config["data"].get("init_args") or {})
     if root is not None:
         options["root"] = root
     return getattr(datamodules, name)(**options)

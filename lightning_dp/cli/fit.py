@@ -1,20 +1,29 @@
 """``lightning-dp fit``: one run from one configuration, with the mechanism and the budget as flags."""
 
 import datetime
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import yaml
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from callbacks import EvaluateGenerator, GradientPrivatizer, PrivacyAccountant, ReleaseProgress, RunFolder, SampleGrid
+from callbacks import (
+    EvaluateGenerator,
+    GradientPrivatizer,
+    PrivacyAccountant,
+    PrivateCheckpoint,
+    ReleaseProgress,
+    RunFolder,
+    SampleGrid,
+)
 from callbacks.run_folder import GRID_FILE
 from datamodules import ImageDataModule
 from lightning_dp.accounting.settings import PrivacySettings
+from lightning_dp.cli.loggers import finish, make_loggers
+from lightning_dp.cli.parsing import one_line
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.evaluation.report import RunCard
@@ -25,6 +34,9 @@ LEDGER_FILE = "ledger.jsonl"
 CONFIG_FILE = "config.yaml"
 PRIVATE_FOLDER = "private"
 LAST_CHECKPOINT = "last.ckpt"
+
+ROOTS: dict[str, type] = {"mechanism": Mechanism, "model": PrivateModule, "data": ImageDataModule}
+"""Flags that name a class, and what it must be."""
 
 _TRAINER_DEFAULTS = {
     "accelerator": "auto",
@@ -61,6 +73,7 @@ class FitCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=1,
             trainer_defaults=_TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False, "prog": "lightning-dp fit"},
         )
 
@@ -91,8 +104,19 @@ class FitCLI(LightningCLI):
         parser.add_argument("--wandb_project", type=str, default="lightning-dp", help="W&B project.")
         parser.add_argument("--wandb_group", type=str | None, default=None, help="W&B group of a comparison.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a mistake is one line."""
+        one_line(lambda: super(FitCLI, self).parse_arguments(parser, args), ROOTS, parser)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a constructor refuses is one line."""
+        try:
+            one_line(super().instantiate_classes, ROOTS)
+        except MisconfigurationException as error:
+            raise ConfigurationError(str(error)) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Plan the run from public facts, make the run folder, then build callbacks, loggers and the trainer."""
+        """Plan the run from public facts, build callbacks, loggers and the trainer, then make the run folder."""
         options, config = self.config_init, self.config
         accountant = PrivacyAccountant(privacy=options.privacy)
         self.model.public_seed = self.seed
@@ -105,27 +129,45 @@ class FitCLI(LightningCLI):
         # Contradictory settings end here, before a record is read or a folder is made.
         max_steps = options.trainer.max_steps
         privatizer.plan_run(self.model, self.datamodule, None if max_steps < 0 else max_steps)
-        _refuse_own_callbacks(options.trainer)
+        _refuse_own(options.trainer)
         self.run_dir, self._ckpt_path = resolve_run(options.name, options.run_dir, options.ckpt_path)
-        make_run_dir(self.run_dir)
-        accountant.ledger_path = self.run_dir / LEDGER_FILE
         plain = yaml.safe_load(self.parser.dump(config, skip_none=False))
+        own = self._callbacks(privatizer, plain)
+        given: dict[str, Any] = {"callbacks": [*(options.trainer.callbacks or []), *own], "logger": False}
+        if options.trainer.logger is not False:
+            given["logger"] = make_loggers(
+                self.run_dir,
+                plain,
+                name=options.name,
+                mode=options.wandb,
+                project=options.wandb_project,
+                group=options.wandb_group,
+            )
+        trainer = super().instantiate_trainer(**given, **kwargs)
+        privatizer.check_trainer(trainer)
+        make_run_dir(self.run_dir)
         (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
-        evaluation = None
+        return trainer
+
+    def _callbacks(self, privatizer: GradientPrivatizer, config: dict[str, Any]) -> list[Callback]:
+        options, accountant = self.config_init, privatizer.accountant
+        accountant.ledger_path = self.run_dir / LEDGER_FILE
+        every, evaluation = options.evaluate_every, None
         if options.evaluate:
-            evaluation = EvaluateGenerator(protocol=options.evaluation, every_n_releases=options.evaluate_every)
+            evaluation = EvaluateGenerator(protocol=options.evaluation, every_n_releases=every)
         self.run_folder = RunFolder(
-            path=self.run_dir, privatizer=privatizer, evaluation=evaluation, config=plain, title=options.name
+            path=self.run_dir, privatizer=privatizer, evaluation=evaluation, config=config, title=options.name
+        )
+        checkpoint = PrivateCheckpoint(
+            path=self.run_dir / PRIVATE_FOLDER / LAST_CHECKPOINT,
+            accountant=accountant,
+            every_n_releases=options.checkpoint_every,
         )
         own: list[Callback] = [self.run_folder, privatizer, accountant]
         own += [evaluation] if evaluation is not None else []
-        own += [SampleGrid(path=self.run_dir / GRID_FILE, every_n_releases=options.evaluate_every)]
-        own += [_checkpointer(self.run_dir, options.checkpoint_every)]
-        if options.trainer.enable_progress_bar is not False:
-            own.append(ReleaseProgress(accountant=accountant))
-        given = {"callbacks": [*(options.trainer.callbacks or []), *own]}
-        given["logger"] = _loggers(self.run_dir, options, plain) if options.trainer.logger in (None, True) else False
-        return super().instantiate_trainer(**given, **kwargs)
+        own += [SampleGrid(path=self.run_dir / GRID_FILE, every_n_releases=every), checkpoint]
+        own += [ReleaseProgress(accountant=accountant)] if options.trainer.enable_progress_bar is not False else []
+        return own
 
     @property
     def seed(self) -> int:
@@ -136,12 +178,20 @@ class FitCLI(LightningCLI):
         """Train to the end of the budget and return the run card.
 
         Raises:
-            ConfigurationError: The run ended without its card (interrupted).
+            KeyboardInterrupt: The run was interrupted; the message says how to go on.
         """
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, weights_only=True)
+        try:
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, weights_only=True)
+        except SystemExit:
+            pass  # Lightning ends the process on Ctrl-C; the message below is the run's last word
+        except MisconfigurationException as error:
+            raise ConfigurationError(str(error)) from None
+        finally:
+            finish(self.trainer.loggers)
         if self.run_folder.card is None:
-            raise ConfigurationError(
-                f"The run in {self.run_dir} was interrupted; go on with the same command and --ckpt_path last."
+            raise KeyboardInterrupt(
+                f"The run in {self.run_dir} was interrupted; go on with the same command and --run_dir {self.run_dir} "
+                "--ckpt_path last."
             )
         return self.run_folder.card
 
@@ -201,52 +251,12 @@ def make_run_dir(folder: Path) -> None:
         ) from None
 
 
-def _checkpointer(run_dir: Path, every: int) -> ModelCheckpoint:
-    if every < 1:
-        raise ConfigurationError(f"Expected checkpoint_every >= 1, got checkpoint_every={every}.")
-    return ModelCheckpoint(
-        dirpath=run_dir / PRIVATE_FOLDER,
-        filename=LAST_CHECKPOINT.removesuffix(".ckpt"),
-        every_n_train_steps=every,
-        enable_version_counter=False,
-        save_top_k=1,
-        save_on_train_epoch_end=False,
-    )
-
-
-def _refuse_own_callbacks(trainer: Any) -> None:
+def _refuse_own(trainer: Any) -> None:
+    """Refuse trainer settings that the command line makes itself, or would have to ignore."""
     for callback in trainer.callbacks or []:
         if isinstance(callback, GradientPrivatizer | PrivacyAccountant):
             raise ConfigurationError(
                 f"trainer.callbacks holds a {type(callback).__name__}; --mechanism and --privacy already make one."
             )
-
-
-def _loggers(run_dir: Path, options: Any, config: dict[str, Any]) -> list[Logger]:
-    attempt = len(list((run_dir / "metrics").glob("attempt_*")))
-    loggers: list[Logger] = [CSVLogger(run_dir, name="metrics", version=f"attempt_{attempt}")]
-    if options.wandb != "disabled":
-        offline = options.wandb == "offline" or (options.wandb == "auto" and not _is_logged_in())
-        wandb_logger = WandbLogger(
-            project=options.wandb_project,
-            group=options.wandb_group,
-            name=f"{options.name}-{run_dir.name}",
-            save_dir=str(run_dir),
-            offline=offline,
-            log_model=False,
-        )
-        wandb_logger.log_hyperparams(config)
-        loggers.append(wandb_logger)
-    return loggers
-
-
-def _is_logged_in() -> bool:
-    if os.environ.get("WANDB_MODE") == "offline":
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return "api.wandb.ai" in netrc.read_text()
-    except OSError:
-        return False
+    if trainer.logger not in (None, True, False):
+        raise ConfigurationError("trainer.logger is made by --wandb and the run folder; leave it out, or set false.")

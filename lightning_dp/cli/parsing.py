@@ -1,38 +1,21 @@
-"""One-line parse errors: jsonargparse's messages cut down, with the choices and the nearest match added."""
+"""Parsing in which every mistake of the user ends as one line."""
 
-import difflib
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from jsonargparse import ArgumentParser
 
+from lightning_dp.cli.messages import explain, subclass_names, unknown_class
 from lightning_dp.errors import ConfigurationError
 
 Parsed = TypeVar("Parsed")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean X?" for the known name nearest to `name`, or nothing."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return f" Did you mean {by_lower[found[0]]}?" if found else ""
-
-
-def subclass_names(base: type) -> list[str]:
-    """Return the names of all concrete subclasses of `base` that have been imported."""
-    names = []
-    for sub in base.__subclasses__():
-        if not getattr(sub, "__abstractmethods__", None):
-            names.append(sub.__name__)
-        names += subclass_names(sub)
-    return sorted(set(names))
-
-
-def check_class_names(arguments: list[str], roots: dict[str, type]) -> None:
-    """Refuse unknown class names given as flags, with the list of choices.
+def check_class_names(arguments: list[str], roots: Mapping[str, type]) -> None:
+    """Refuse unknown class names given as flags, with the list of choices, before anything is parsed.
 
     Args:
         arguments: The command line.
@@ -45,11 +28,8 @@ def check_class_names(arguments: list[str], roots: dict[str, type]) -> None:
         base = roots.get(flag)
         if base is None or not re.fullmatch(r"\w+", value):
             continue
-        known = subclass_names(base)
-        if value not in known:
-            raise ConfigurationError(
-                f"Unknown --{flag} {value!r}; choose from {', '.join(known)}.{nearest(value, known)}"
-            )
+        if value not in subclass_names(base):
+            raise ConfigurationError(unknown_class(flag, value, base))
 
 
 def _flag_values(arguments: list[str]) -> Iterable[tuple[str, str]]:
@@ -62,38 +42,40 @@ def _flag_values(arguments: list[str]) -> Iterable[tuple[str, str]]:
         yield flag, value
 
 
-def one_line(run: Callable[[], Parsed], roots: dict[str, type]) -> Parsed:
+def one_line(run: Callable[[], Parsed], roots: Mapping[str, type], parser: ArgumentParser | None = None) -> Parsed:
     """Return what `run` returns, turning parse errors into a ConfigurationError of one line.
 
     Args:
-        run: Parses and instantiates.
+        run: Parses, or builds classes from what was parsed.
         roots: Flag and base class, for the choices after an unknown class name.
+        parser: Whose flags are named in the nearest match.
+
+    Raises:
+        ConfigurationError: What was parsed is wrong, or a constructor refused it.
     """
     try:
         return run()
-    except ArgumentError as error:
+    except ConfigurationError:
+        raise
+    except (ArgumentError, ValueError, TypeError) as error:
         # jsonargparse chains the ConfigurationError of a constructor or dataclass below its own.
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ConfigurationError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        raise ConfigurationError(_shorten(str(error.message), roots)) from None
+        if isinstance(error, TypeError):
+            raise  # jsonargparse reports wrong types as ArgumentError: this one is a bug of ours
+        if isinstance(error, UnicodeDecodeError):
+            raise ConfigurationError(f"The configuration is no text file ({error}). Give a YAML file.") from None
+        message = error.message if isinstance(error, ArgumentError) else error
+        raise ConfigurationError(explain(str(message), roots, _flags(parser))) from None
 
 
-def _shorten(message: str, roots: dict[str, type]) -> str:
-    text = " ".join(message.split())
-    unknown = re.search(r"Expected a dot import path string: (\w+)", text)
-    if unknown:
-        name = unknown.group(1)
-        flag = next((flag for flag in roots if re.search(rf'key "?{flag}\b|--{flag}\b', text)), None)
-        known = subclass_names(roots[flag]) if flag else sorted({n for b in roots.values() for n in subclass_names(b)})
-        where = f"--{flag} " if flag else "class "
-        return f"Unknown {where}{name!r}; choose from {', '.join(known)}.{nearest(name, known)}"
-    unrecognised = re.search(r"[Uu]nrecognized arguments?: (.+)", text)
-    if unrecognised:
-        return f"Unknown flag {unrecognised.group(1)}; 'lightning-dp COMMAND --help' lists the flags."
-    return text
+def _flags(parser: ArgumentParser | None) -> list[str]:
+    if parser is None:
+        return []
+    return [option[2:] for option in parser._option_string_actions if option.startswith("--")]
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> "object":
@@ -106,4 +88,4 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> "object":
     if any(argument in ("-h", "--help") for argument in arguments):
         parser.print_help(sys.stdout)
         raise SystemExit(0)
-    return one_line(lambda: parser.parse_args(arguments), {})
+    return one_line(lambda: parser.parse_args(arguments), {}, parser)

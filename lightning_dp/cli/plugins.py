@@ -1,5 +1,6 @@
 """Imports every class that a flag can name; importing it is what makes a class known."""
 
+from datamodules import MNIST, EmbeddedDigits, FashionMNIST
 from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.gradients.energy_teachers import EnergyTeachers
 from lightning_dp.mechanisms.gaussian import Gaussian
@@ -12,10 +13,13 @@ from lightning_dp.networks.dct import DCTGenerator
 from lightning_dp.networks.small import MLPGenerator, SmallConvGenerator
 
 __all__ = [
+    "MNIST",
     "DCTGenerator",
     "DataLensGenerator",
     "DiscriminatorTeachers",
+    "EmbeddedDigits",
     "EnergyTeachers",
+    "FashionMNIST",
     "Gaussian",
     "LowFrequencyDCT",
     "MLPGenerator",

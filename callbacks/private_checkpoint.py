@@ -1,0 +1,59 @@
+"""Saves everything that is needed to resume; private, because teachers and optimizer states are in it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+from typing_extensions import override
+
+from callbacks.privacy_accountant import PrivacyAccountant
+from lightning_dp.errors import ConfigurationError
+
+
+class PrivateCheckpoint(Checkpoint):
+    """Saves the newest state of a run: every so many releases, with the last release, and on Ctrl-C.
+
+    The file is replaced at once: a kill while it is written leaves the one before. What is released after it and lost
+    in a crash stays charged by the ledger, so a larger `every_n_releases` costs budget in a crash, never privacy.
+
+    Args:
+        path: The checkpoint file.
+        accountant: Knows how many releases are planned and made.
+        every_n_releases: Releases between checkpoints.
+    """
+
+    def __init__(self, *, path: Path, accountant: PrivacyAccountant, every_n_releases: int = 100) -> None:
+        if every_n_releases < 1:
+            raise ConfigurationError(f"Expected checkpoint_every >= 1, got checkpoint_every={every_n_releases}.")
+        self.path = path
+        self.accountant = accountant
+        self.every_n_releases = every_n_releases
+        self._saved_step = -1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The last state is saved before evaluation begins, which takes longer than a step.
+        if trainer.should_stop or len(self.accountant.ledger) % self.every_n_releases == 0:
+            self._save(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self._saved_step == trainer.global_step or trainer.global_step == 0:
+            return
+        self._saved_step = trainer.global_step
+        part = self.path.with_suffix(".part")
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            os.replace(part, self.path)

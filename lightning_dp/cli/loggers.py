@@ -1,0 +1,56 @@
+"""The loggers of a run: CSV in the run folder, and W&B, which needs neither account nor network."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+
+
+def make_loggers(
+    run_dir: Path, config: dict[str, Any], *, name: str, mode: str, project: str, group: str | None
+) -> list[Logger]:
+    """Return the loggers of one attempt at a run; nothing is written yet.
+
+    Args:
+        run_dir: The run folder.
+        config: The resolved configuration, shown by W&B.
+        name: Name of the experiment.
+        mode: auto, online, offline or disabled; auto is online when logged in.
+        project: W&B project.
+        group: W&B group.
+    """
+    attempt = len(list((run_dir / "metrics").glob("attempt_*")))
+    loggers: list[Logger] = [CSVLogger(run_dir, name="metrics", version=f"attempt_{attempt}")]
+    if mode != "disabled":
+        wandb_logger = WandbLogger(
+            project=project,
+            group=group,
+            name=f"{name}-{run_dir.name}",
+            save_dir=str(run_dir),
+            offline=mode == "offline" or (mode == "auto" and not is_logged_in()),
+            log_model=False,
+            config=config,
+        )
+        loggers.append(wandb_logger)
+    return loggers
+
+
+def finish(loggers: list[Logger]) -> None:
+    """End the W&B run of this process, so that the next run does not write into it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger.experiment.finish()
+
+
+def is_logged_in() -> bool:
+    """Tell whether W&B has a key at hand, without asking the network."""
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return "api.wandb.ai" in netrc.read_text()
+    except OSError:
+        return False
