@@ -26,6 +26,8 @@ class DCTGenerator(Generator):
         num_classes: Number of labels.
         latent_dim: Length of the latent vector, standard normal.
         num_coefficients: Frequencies per channel that the generator writes.
+        window: Side of the centred square that it writes into; null writes the whole image. Pixels that teachers do not
+            see should not be written.
         width: Width of the MLP's two hidden layers.
         corner_frequency: Amplitudes fall as 1 / (1 + (f / corner_frequency)^2).
         background: Logit of a pixel before training; negative for dark backgrounds.
@@ -42,6 +44,7 @@ class DCTGenerator(Generator):
         num_classes: int = 10,
         latent_dim: int = 64,
         num_coefficients: int = 144,
+        window: int | None = None,
         width: int = 256,
         corner_frequency: float = 6.0,
         background: float = -2.0,
@@ -50,15 +53,18 @@ class DCTGenerator(Generator):
     ) -> None:
         super().__init__()
         channels, height, side = image_shape
-        if height != side or not 1 <= num_coefficients <= side * side:
+        inner = side if window is None else window
+        if height != side or not 1 <= inner <= side or not 1 <= num_coefficients <= inner**2:
             raise ConfigurationError(
-                f"Expected square images and num_coefficients <= {side**2}, got {image_shape=}, {num_coefficients=}."
+                f"Expected square images, window <= {side} and num_coefficients <= window^2, got {image_shape=}, "
+                f"{window=}, {num_coefficients=}."
             )
         for name, value in (("latent_dim", latent_dim), ("width", width), ("corner_frequency", corner_frequency)):
             if not value > 0:
                 raise ConfigurationError(f"Expected generator.{name} > 0, got {name}={value}.")
         self.image_shape, self.num_classes, self.latent_dim = image_shape, num_classes, latent_dim
-        self.num_coefficients, self.width, self.corner_frequency = num_coefficients, width, corner_frequency
+        self.num_coefficients, self.window = num_coefficients, window
+        self.width, self.corner_frequency = width, corner_frequency
         self.background, self.factor_scale = background, factor_scale
         self.mlp_learning_rate_share = mlp_learning_rate_share
         dim = channels * num_coefficients
@@ -71,10 +77,10 @@ class DCTGenerator(Generator):
             nn.ReLU(),
             nn.Linear(width, dim),
         )
-        radius = torch.tensor([math.hypot(*pair) for pair in lowest_frequencies(side, num_coefficients)])
+        radius = torch.tensor([math.hypot(*pair) for pair in lowest_frequencies(inner, num_coefficients)])
         amplitudes = _GAIN / (1 + (radius / corner_frequency) ** 2)
         self.synthesis: Tensor  # (num_coefficients, H * W), public constants
-        matrix = dct_matrix(side, num_coefficients, side) * amplitudes[:, None]
+        matrix = dct_matrix(side, num_coefficients, inner) * amplitudes[:, None]
         self.register_buffer("synthesis", matrix, persistent=False)
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102

@@ -110,3 +110,16 @@ def test_moving_average_follows_with_a_warm_up():
     average.network.weight.data.fill_(0.0)
     average.update(network)
     assert average.network.weight.item() == pytest.approx(0.09)
+
+
+def test_nothing_is_written_outside_the_window():
+    generator = make(window=4, background=-3.0)
+    images = generator(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    assert torch.equal(images[..., :2, :], torch.full((5, 1, 2, 8), torch.sigmoid(torch.tensor(-3.0)).item()))
+    assert images[..., 2:6, 2:6].std() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"num_coefficients": 65}, {"window": 9}, {"window": 3}, {"latent_dim": 0}])
+def test_generators_that_do_not_fit_are_refused(options):
+    with pytest.raises(ConfigurationError, match="Expected"):
+        make(**options)
