@@ -51,13 +51,21 @@ class EvaluateGenerator(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluate(trainer, pl_module)
 
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run resumed after its last release trains no more, so nothing was judged yet.
+        if self.result is None:
+            self._evaluate(trainer, pl_module)
+
     @rank_zero_only
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PrivateModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         with torch.random.fork_rng():
             images, labels = pl_module.released_generator().sample(self.protocol.num_samples, seed=self.sample_seed)
-            self.result = evaluate_samples(images, labels, data.test_images, data.test_labels, self.protocol)
+            self.result = evaluate_samples(
+                images, labels, data.test_images, data.test_labels, self.protocol, device=pl_module.device
+            )
         for logger in trainer.loggers:
             logger.log_metrics(flat_metrics(self.result), step=trainer.global_step)
 

@@ -59,7 +59,7 @@ class ReleaseProgress(ProgressBar):
             self._bar.update(self._task, completed=done, spent=spent)
             return
         total = self.accountant.budget.num_releases if self.accountant.budget is not None else 0
-        if trainer.is_global_zero and total and done % max(1, total // _LINES_IN_A_LOG) == 0:
+        if trainer.is_global_zero and total and (done == total or done % max(1, total // _LINES_IN_A_LOG) == 0):
             self._console.print(f"releases {done}/{total}, {spent}")
 
     @override

@@ -33,6 +33,8 @@ _CURVE_POINTS = 60
 class RunFolder(pl.Callback):
     """Fills the run folder at the end of a run; the ledger and the private checkpoint are written as it goes.
 
+    Stands behind the callbacks that judge and draw samples, whose results it collects.
+
     Args:
         path: The run folder.
         privatizer: Knows mechanism, plan and ledger.
@@ -58,15 +60,18 @@ class RunFolder(pl.Callback):
         self.card: RunCard | None = None
         self._start = time.monotonic()
         self._train_time_s = 0.0
+        self._device = "cpu"
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.monotonic()
+        self._device = str(pl_module.device)  # the strategy moves the module away before on_fit_end
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # First of the callbacks, so that evaluation does not count as training.
-        self._train_time_s = time.monotonic() - self._start
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._train_time_s = time.monotonic() - self._start  # without the evaluation that follows
 
     @override
     @rank_zero_only
@@ -130,7 +135,7 @@ class RunFolder(pl.Callback):
                 "evaluation_time_s": evaluation_time_s,
                 "total_time_s": time.monotonic() - self._start,
                 "peak_memory_mb": _peak_memory_mb(),
-                "device": str(module.device),
+                "device": self._device,
                 "machine": f"{platform.machine()}, {platform.system()}",
             },
             versions=_versions(),

@@ -33,6 +33,7 @@ class SampleGrid(pl.Callback):
         self.every_n_releases = every_n_releases
         self.sample_seed = sample_seed
         self._num_batches = 0
+        self._is_final = False
 
     @override
     def on_train_batch_end(
@@ -45,6 +46,13 @@ class SampleGrid(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._draw(trainer, pl_module)
+        self._is_final = True
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run resumed after its last release trains no more, so nothing was drawn yet.
+        if not self._is_final:
+            self._draw(trainer, pl_module)
 
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

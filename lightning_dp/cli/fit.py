@@ -163,9 +163,9 @@ class FitCLI(LightningCLI):
             accountant=accountant,
             every_n_releases=options.checkpoint_every,
         )
-        own: list[Callback] = [self.run_folder, privatizer, accountant]
+        own: list[Callback] = [privatizer, accountant]
         own += [evaluation] if evaluation is not None else []
-        own += [SampleGrid(path=self.run_dir / GRID_FILE, every_n_releases=every), checkpoint]
+        own += [SampleGrid(path=self.run_dir / GRID_FILE, every_n_releases=every), self.run_folder, checkpoint]
         own += [ReleaseProgress(accountant=accountant)] if options.trainer.enable_progress_bar is not False else []
         return own
 
@@ -258,5 +258,10 @@ def _refuse_own(trainer: Any) -> None:
             raise ConfigurationError(
                 f"trainer.callbacks holds a {type(callback).__name__}; --mechanism and --privacy already make one."
             )
+    if trainer.max_epochs not in (None, -1) or trainer.min_epochs is not None or trainer.min_steps is not None:
+        raise ConfigurationError(
+            "trainer.max_epochs, min_epochs and min_steps fight with the budget, which is planned in releases: leave "
+            "them out and set --trainer.max_steps."
+        )
     if trainer.logger not in (None, True, False):
         raise ConfigurationError("trainer.logger is made by --wandb and the run folder; leave it out, or set false.")

@@ -32,6 +32,7 @@ def make_loggers(
             log_model=False,
             config=config,
         )
+        wandb_logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns that it means nothing
         loggers.append(wandb_logger)
     return loggers
 
