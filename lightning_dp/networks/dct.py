@@ -28,6 +28,8 @@ class DCTGenerator(Generator):
         num_coefficients: Frequencies per channel that the generator writes.
         window: Side of the centred square that it writes into; null writes the whole image. Pixels that teachers do not
             see should not be written.
+        outside: Value in [0, 1] of the pixels outside the window; MNIST is published with its digits in the inner 20 x
+            20 pixels of a black image.
         width: Width of the MLP's two hidden layers.
         corner_frequency: Amplitudes fall as 1 / (1 + (f / corner_frequency)^2).
         background: Logit of a pixel before training; negative for dark backgrounds.
@@ -45,6 +47,7 @@ class DCTGenerator(Generator):
         latent_dim: int = 64,
         num_coefficients: int = 144,
         window: int | None = None,
+        outside: float = 0.0,
         width: int = 256,
         corner_frequency: float = 6.0,
         background: float = -2.0,
@@ -63,7 +66,9 @@ class DCTGenerator(Generator):
             if not value > 0:
                 raise ConfigurationError(f"Expected generator.{name} > 0, got {name}={value}.")
         self.image_shape, self.num_classes, self.latent_dim = image_shape, num_classes, latent_dim
-        self.num_coefficients, self.window = num_coefficients, window
+        if not 0 <= outside <= 1:
+            raise ConfigurationError(f"Expected 0 <= generator.outside <= 1, got {outside=}.")
+        self.num_coefficients, self.window, self.outside = num_coefficients, window, outside
         self.width, self.corner_frequency = width, corner_frequency
         self.background, self.factor_scale = background, factor_scale
         self.mlp_learning_rate_share = mlp_learning_rate_share
@@ -82,13 +87,19 @@ class DCTGenerator(Generator):
         self.synthesis: Tensor  # (num_coefficients, H * W), public constants
         matrix = dct_matrix(side, num_coefficients, inner) * amplitudes[:, None]
         self.register_buffer("synthesis", matrix, persistent=False)
+        self.inside: Tensor  # (H, W), true where the window is
+        inside = torch.zeros(side, side, dtype=torch.bool)
+        offset = (side - inner) // 2
+        inside[offset : offset + inner, offset : offset + inner] = True
+        self.register_buffer("inside", inside, persistent=False)
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
         one_hot = F.one_hot(labels, self.num_classes).to(latent)
         linear = self._linear(latent, labels)
         coefficients = self.means[labels] + linear + self.mlp(torch.cat([latent, 2 * one_hot], dim=1))
         pixels = coefficients.unflatten(1, (self.image_shape[0], self.num_coefficients)) @ self.synthesis  # (B, C, HW)
-        return torch.sigmoid(pixels + self.background).unflatten(2, self.image_shape[1:])
+        images = torch.sigmoid(pixels + self.background).unflatten(2, self.image_shape[1:])
+        return images if self.window is None else images.where(self.inside, self.outside)
 
     def _linear(self, latent: Tensor, labels: Tensor) -> Tensor:
         """Return latent times the factors of its label, class by class, without a (B, z, d) tensor."""

@@ -113,9 +113,10 @@ def test_moving_average_follows_with_a_warm_up():
 
 
 def test_nothing_is_written_outside_the_window():
-    generator = make(window=4, background=-3.0)
+    generator = make(window=4, outside=0.25)
     images = generator(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
-    assert torch.equal(images[..., :2, :], torch.full((5, 1, 2, 8), torch.sigmoid(torch.tensor(-3.0)).item()))
+    assert torch.equal(images[..., :2, :], torch.full((5, 1, 2, 8), 0.25))
+    assert torch.equal(images[..., 2:6, 6:], torch.full((5, 1, 4, 2), 0.25))
     assert images[..., 2:6, 2:6].std() > 1e-3
 
 
