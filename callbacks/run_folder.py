@@ -104,7 +104,7 @@ class RunFolder(pl.Callback):
             claim=claim.to_dict(),
             claim_statement=claim.statement(),
             budget={
-                "target_epsilon": privacy.target_epsilon if claim.epsilon is not None else None,
+                **({"target_epsilon": privacy.target_epsilon} if claim.epsilon is not None else {}),
                 "target_delta": privacy.target_delta,
                 "planned_releases": budget.num_releases if budget is not None else None,
                 "releases": len(accountant.ledger),

@@ -64,6 +64,7 @@ def _quieten() -> None:
     # Waiting threads that spin make a busy machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about Lightning's calls, not ours
     logging.basicConfig(format="%(message)s")
     for name in ("callbacks", "lightning_dp", "datamodules"):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,277 @@
+"""A stranger's mistakes: each ends in one line that names the way out, with exit code 2, before anything is written."""
+
+import gzip
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from datamodules import EmbeddedDigits
+from lightning_dp.cli import main
+from tests.cli.runs import TINY, changed
+
+MISTAKES = {
+    # names
+    "mechanism": (["--mechanism", "TopAg"], ["Gaussian, NoPrivacy, TopAgg", "Did you mean TopAgg?"]),
+    "mechanism=": (["--mechanism=gausian"], ["Gaussian, NoPrivacy, TopAgg", "Did you mean Gaussian?"]),
+    "mechanism.class_path": (["--mechanism.class_path", "TopAg"], ["choose from Gaussian", "Did you mean TopAgg?"]),
+    "mechanism by path": (["--mechanism", "lightning_dp.mechanisms.topagg.TopAg"], ["choose from", "mean TopAgg?"]),
+    "mechanism null": (["--mechanism", "null"], ["choose from Gaussian, NoPrivacy, TopAgg"]),
+    "mechanism of another kind": (["--mechanism", "EnergyTeachers"], ["choose from Gaussian, NoPrivacy, TopAgg"]),
+    "model": (["--model", "TeacherEnsembleGA"], ["TeacherEnsembleGAN", "Did you mean TeacherEnsembleGAN?"]),
+    "data": (["--data", "EmbededDigits"], ["EmbeddedDigits, FashionMNIST, MNIST", "Did you mean EmbeddedDigits?"]),
+    "teachers": (["--model.teachers", "EnergyTeacher"], ["--model.teachers", "Did you mean EnergyTeachers?"]),
+    "generator": (["--model.generator", "DCTGenerato"], ["MLPGenerator", "Did you mean DCTGenerator?"]),
+    "basis": (["--model.basis", "LowFreqDCT"], ["Did you mean LowFrequencyDCT?"]),
+    # options and flags
+    "option": (["--mechanism.top_kk", "3"], ["'top_kk' of TopAgg", "rotate", "Did you mean top_k?"]),
+    "option of another mechanism": (
+        ["--mechanism", "Gaussian", "--mechanism.top_k", "3"],
+        ["of Gaussian", "max_grad_"],
+    ),
+    "nested option": (["--model.generator.widht", "3"], ["of DCTGenerator", "Did you mean width?"]),
+    "flag": (["--mechanizm", "TopAgg"], ["Unknown flag --mechanizm", "Did you mean --mechanism?"]),
+    "flag of a group": (["--privacy.epsilon", "3"], ["Did you mean --privacy.target_epsilon?"]),
+    "unlike any flag": (["--xyzzy", "3"], ["Unknown flag --xyzzy", "--help"]),
+    "stray word": (["TopAgg"], ["Unexpected argument 'TopAgg'", "--config"]),
+    "optimizer": (["--optimizer", "SGD"], ["Unknown flag --optimizer"]),
+    # values
+    "epsilon -1": (["--privacy.target_epsilon", "-1"], ["target_epsilon > 0", "got target_epsilon=-1.0"]),
+    "epsilon 0": (["--privacy.target_epsilon", "0"], ["target_epsilon > 0"]),
+    "epsilon nan": (["--privacy.target_epsilon", "nan"], ["privacy.target_epsilon", "finite number", "got nan"]),
+    "epsilon .nan": (["--privacy.target_epsilon", ".nan"], ["finite privacy.target_epsilon > 0", "nan"]),
+    "epsilon inf": (["--privacy.target_epsilon", ".inf"], ["finite privacy.target_epsilon", "inf"]),
+    "epsilon in words": (["--privacy.target_epsilon", "ten"], ["privacy.target_epsilon", "finite number", "got ten"]),
+    "delta 0": (["--privacy.target_delta", "0"], ["0 < privacy.target_delta < 1", "got target_delta=0"]),
+    "delta 1": (["--privacy.target_delta", "1"], ["0 < privacy.target_delta < 1", "got target_delta=1"]),
+    "delta nan": (["--privacy.target_delta", "nan"], ["privacy.target_delta", "finite number"]),
+    "delta .nan": (["--privacy.target_delta", ".nan"], ["0 < privacy.target_delta < 1", "nan"]),
+    "noise -1": (["--privacy.noise_multiplier", "-1"], ["noise_multiplier > 0", "NoPrivacy for a run without noise"]),
+    "noise 0": (["--privacy.noise_multiplier", "0"], ["noise_multiplier > 0", "NoPrivacy for a run without noise"]),
+    "noise nan": (["--privacy.noise_multiplier", "nan"], ["privacy.noise_multiplier", "finite number", "got nan"]),
+    "noise .nan": (["--privacy.noise_multiplier", ".nan"], ["finite privacy.noise_multiplier", "nan"]),
+    "whole number": (["--trainer.max_steps", "many"], ["trainer.max_steps", "whole number", "got many"]),
+    "choice": (["--model.partition", "hsah"], ["model.partition", "permutation, hash", "Did you mean hash?"]),
+    "unknown relation": (["--privacy.neighboring_relation", "replace_two"], ["add_or_remove_one, replace_one"]),
+    "relation without a proof": (
+        ["--privacy.neighboring_relation", "add_or_remove_one"],
+        ["no proof", "replace_one", "--model.partition hash"],
+    ),
+    "class-wise batch": (["--model.images_per_step", "25"], ["multiple of the 10 classes", "images_per_step=25"]),
+    "records": (["--data.num_train", "4001"], ["num_train <= 4000", "num_train=4001"]),
+    "teachers beyond records": (["--model.teachers.num_teachers", "201"], ["num_records=200", "fewer teachers"]),
+    "classifier": (["--evaluation.classifiers", "[svm]"], ["logistic, mlp, cnn", "got svm"]),
+    "extractor": (["--evaluation.extractor", "inceptio"], ["Did you mean 'inception'?"]),
+    "checkpoint_every": (["--checkpoint_every", "0"], ["checkpoint_every >= 1"]),
+    "evaluate_every": (["--evaluate_every", "0"], ["every_n_releases >= 1"]),
+    # settings that fight each other
+    "noise beyond the budget": (
+        ["--privacy.noise_multiplier", "50", "--trainer.max_steps", "100000"],
+        ["Contradictory settings", "allows 3142 releases", "max_steps=100000", "Drop one of the three"],
+    ),
+    "noise too small": (["--privacy.noise_multiplier", "0.01"], ["too small", "Raise the noise or the target"]),
+    "nothing given": (["--privacy.target_epsilon", "null"], ["--privacy.target_epsilon or --privacy.noise_multiplier"]),
+    "no length": (["--trainer.max_steps", "-1"], ["add --trainer.max_steps", "--privacy.noise_multiplier"]),
+    "epochs": (["--trainer.max_epochs", "3"], ["--trainer.max_steps"]),
+    "min_steps": (["--trainer.min_steps", "30"], ["--trainer.max_steps"]),
+    # what would spoil the guarantee, or be ignored
+    "gradient clipping": (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val=1", "leave it out"]),
+    "accumulation": (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "set it to 1"]),
+    "devices": (["--trainer.devices", "2"], ["Expected one process, got 2"]),
+    "logger": (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x"], ["trainer.logger", "leave it out"]),
+    "accelerator": (["--trainer.accelerator", "gpux"], ["gpux", "cpu"]),
+    # resuming
+    "nothing to resume": (["--ckpt_path", "last"], ["found no ledger", "--run_dir"]),
+    "no such checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["--ckpt_path nowhere.ckpt"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_on_the_command_line(fit, tmp_path, monkeypatch, flags, words):
+    def read(self):
+        raise AssertionError("records were read before the mistake was found")
+
+    monkeypatch.setattr(EmbeddedDigits, "read", read)
+    line = fit(*flags).error()
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+IN_THE_FILE = {
+    "mechanism misspelt": ("mechanism/class_path", "TopAg", ["Gaussian, NoPrivacy, TopAgg", "mean TopAgg?"]),
+    "mechanism misspelt, short": ("mechanism", "NoPrivaci", ["Gaussian, NoPrivacy", "Did you mean NoPrivacy?"]),
+    "mechanism missing": ("mechanism", ..., ["Missing: mechanism (Gaussian, NoPrivacy, TopAgg)", "--mechanism"]),
+    "mechanism null": ("mechanism", None, ["Missing: mechanism (Gaussian, NoPrivacy, TopAgg)"]),
+    "mechanism under another key": ("mechanizm", {"class_path": "TopAgg"}, ["'mechanizm", "Did you mean mechanism?"]),
+    "mechanism's option beside init_args": ("mechanism/top_k", 3, ["mechanism", "class_path", "init_args"]),
+    "mechanism's option": ("mechanism/init_args/topk", 3, ["'topk' of TopAgg", "Did you mean top_k?"]),
+    "model misspelt": ("model/class_path", "TeacherGAN", ["choose from TeacherEnsembleGAN"]),
+    "model missing": ("model", ..., ["Missing: model", "TeacherEnsembleGAN"]),
+    "data misspelt": ("data/class_path", "MNISST", ["EmbeddedDigits, FashionMNIST, MNIST", "Did you mean MNIST?"]),
+    "nested option": ("model/init_args/teachers/init_args", {"num_teacher": 3}, ["Did you mean num_teachers?"]),
+    "teachers missing": ("model/init_args/teachers", ..., ["Missing: model.teachers"]),
+    "relation missing": ("privacy/neighboring_relation", ..., ["Missing: privacy.neighboring_relation"]),
+    "privacy option": ("privacy/epsilon", 3, ["privacy.epsilon", "Did you mean target_epsilon?"]),
+    "trainer option": ("trainer/max_step", 3, ["trainer.max_step", "Did you mean max_steps?"]),
+    "epsilon NaN": ("privacy/target_epsilon", math.nan, ["finite privacy.target_epsilon", "nan"]),
+    "epsilon in words": ("privacy/target_epsilon", "ten", ["privacy.target_epsilon", "finite number", "ten"]),
+    "noise NaN": ("privacy/noise_multiplier", math.nan, ["finite privacy.noise_multiplier", "nan"]),
+    "delta NaN": ("privacy/target_delta", math.nan, ["0 < privacy.target_delta < 1", "nan"]),
+    "top_k in words": ("mechanism/init_args/top_k", "all", ["mechanism.top_k", "whole number", "all"]),
+    "top_k beyond the vector": ("mechanism/init_args/top_k", 17, ["mechanism.top_k <= 16", "top_k=17"]),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "words"), IN_THE_FILE.values(), ids=IN_THE_FILE)
+def test_a_mistake_in_the_configuration(cli, tmp_path, path, value, words):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(changed(path, value)))
+    line = cli("fit", "--config", file, "--run_dir", tmp_path / "run").error()
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1,\nb: }", ["no valid YAML", "line 2"]),
+        (b"- 1\n- 2\n", ["'key: value' lines"]),
+        (b"", ["'key: value' lines", "empty"]),
+        (b"\xff\xfe\x00", ["no text file"]),
+    ],
+    ids=["broken", "list", "empty", "binary"],
+)
+def test_a_configuration_that_is_none(cli, tmp_path, content, words):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    line = cli("fit", "--config", file).error()
+    for word in words:
+        assert word in line
+
+
+COMMANDS = {
+    "unknown command": (["fitt"], ["choose from fit, sample, evaluate, account, data", "Did you mean fit?"]),
+    "fit of nothing": (["fit"], ["Missing", "--config FILE", "configuration"]),
+    "no configuration": (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml", "configs/experiment"]),
+    "configuration is a folder": (["fit", "--config", "."], ["configuration file", "configs/experiment"]),
+    "sample": (["sample", "."], ["generator.json", "folder of a run"]),
+    "sample nowhere": (["sample", "nowhere"], ["nowhere/release/generator.json", "folder of a run"]),
+    "sample of nothing": (["sample"], ["Missing: run"]),
+    "sample none": (["sample", ".", "--num", "0"], ["--num >= 1"]),
+    "sample some": (["sample", ".", "--num", "some"], ["num", "whole number", "got some"]),
+    "sample flag": (["sample", ".", "--nmu", "3"], ["Unknown flag --nmu", "Did you mean --num?"]),
+    "evaluate": (["evaluate", "."], ["generator.json", "folder of a run"]),
+    "evaluate option": (["evaluate", ".", "--evaluation.num_sampels", "3"], ["mean --evaluation.num_samples?"]),
+    "account": (["account", "."], ["ledger.jsonl", "folder of a run"]),
+    "account nowhere": (["account", "nowhere"], ["nowhere/ledger.jsonl", "folder of a run"]),
+    "data": (["data"], ["lightning-dp data fetch NAME"]),
+    "data get": (["data", "get", "mnist"], ["lightning-dp data fetch NAME", "'get'"]),
+    "data fetch nothing": (["data", "fetch"], ["Missing: name"]),
+    "data fetch nmist": (["data", "fetch", "nmist"], ["mnist, fashion", "Did you mean 'mnist'?"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), COMMANDS.values(), ids=COMMANDS)
+def test_a_mistake_in_a_command(cli, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    line = cli(*arguments).error()
+    for word in words:
+        assert word in line
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestFiles:
+    def test_missing_data_names_the_command_that_fetches_them(self, fit, tmp_path):
+        line = fit("--data", "MNIST", "--data.root", tmp_path / "none").error()
+        assert "train-images-idx3-ubyte" in line
+        assert f"Run: lightning-dp data fetch mnist --root {tmp_path / 'none'}" in line
+
+    def test_a_truncated_file_is_named(self, fit, tmp_path):
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(100_000))[:60])
+        line = fit("--data", "MNIST", "--data.root", tmp_path).error()
+        assert "train-images-idx3-ubyte.gz" in line
+        assert "truncated" in line
+        assert "Run: lightning-dp data fetch mnist" in line
+
+    def test_after_missing_data_the_same_folder_can_be_used(self, fit, tmp_path):
+        assert fit("--data", "MNIST", "--data.root", tmp_path / "none").code == 2
+        assert fit("--trainer.max_steps", "1", "--evaluate", "false").code == 0
+
+    def test_an_unwritable_run_folder(self, fit, tmp_path):
+        (tmp_path / "file").write_text("")
+        line = fit("--run_dir", tmp_path / "file" / "run").error()
+        assert f"Cannot write to the run folder {tmp_path / 'file' / 'run'}" in line
+        assert "--run_dir" in line
+
+    def test_a_folder_that_holds_a_run(self, fit, finished_run):
+        before = (finished_run / "ledger.jsonl").read_bytes(), (finished_run / "config.yaml").read_bytes()
+        line = fit("--run_dir", finished_run).error()
+        assert "already holds a run" in line
+        assert "--ckpt_path last" in line
+        assert before == ((finished_run / "ledger.jsonl").read_bytes(), (finished_run / "config.yaml").read_bytes())
+
+    def test_a_run_that_is_going_on_elsewhere(self, fit, tmp_path):
+        from lightning_dp.accounting.ledger import PrivacyLedger
+
+        assert fit("--trainer.max_steps", "1", "--evaluate", "false").code == 0
+        with PrivacyLedger.reopen(tmp_path / "run" / "ledger.jsonl"):
+            line = fit("--trainer.max_steps", "1", "--evaluate", "false", "--ckpt_path", "last").error()
+        assert "in use by another process" in line
+
+    def test_a_resume_with_other_records(self, fit, tmp_path):
+        assert fit("--trainer.max_steps", "1", "--evaluate", "false").code == 0
+        line = fit("--trainer.max_steps", "1", "--data.num_train", "190", "--ckpt_path", "last").error()
+        assert "num_records=200" in line
+        assert "another --run_dir" in line
+
+
+def test_a_delta_above_one_over_n_is_a_warning_that_the_claim_carries(fit, tmp_path):
+    outcome = fit("--privacy.target_delta", "0.01", "--trainer.max_steps", "1", "--evaluate", "false")
+    assert outcome.code == 0
+    assert "delta=0.01 is above 1 / num_records" in " ".join(outcome.out.replace("│", " ").split())
+    claim = (tmp_path / "run" / "claim.json").read_text()
+    assert "above 1 / num_records for num_records=200" in claim
+
+
+def test_a_broken_protocol_is_no_mistake_of_the_user(cli, monkeypatch):
+    """Exit codes tell a bug of a method (1) from a mistake of the user (2)."""
+    from lightning_dp.cli import commands
+    from lightning_dp.errors import PrivacyProtocolError
+
+    def broken(arguments):
+        raise PrivacyProtocolError("released twice")
+
+    monkeypatch.setattr(commands, "fit", broken)
+    outcome = cli("fit")
+    assert outcome.code == 1
+    assert outcome.err == "lightning-dp: error: privacy protocol broken: released twice\n"
+
+
+def test_an_unforeseen_bug_keeps_its_traceback(monkeypatch):
+    from lightning_dp.cli import commands
+
+    monkeypatch.setattr(commands, "fit", lambda arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["fit"])
+
+
+def test_one_line_in_a_process_of_its_own(tmp_path):
+    """What other libraries write at start-up would show here: the error comes after Lightning has built a trainer."""
+    command = [sys.executable, "-m", "lightning_dp", "fit", "--config", str(TINY), "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "--data", "MNIST", "--data.root", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("lightning-dp: error: Expected MNIST in ")

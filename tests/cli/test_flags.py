@@ -1,0 +1,194 @@
+"""Flags over a configuration change what runs, as read back from the claim, the ledger and the resolved configuration."""
+
+import pytest
+import yaml
+
+from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease
+from lightning_dp.accounting.ledger import PrivacyLedger
+from tests.cli.runs import read_json, read_metrics
+
+QUICK = ("--evaluate", "false")
+
+
+def config_of(run_dir):
+    return yaml.safe_load((run_dir / "config.yaml").read_text())
+
+
+def events_of(run_dir):
+    return [entry.event for entry in PrivacyLedger.read(run_dir / "ledger.jsonl").entries]
+
+
+class TestMechanism:
+    def test_gaussian(self, fit, tmp_path):
+        assert fit("--mechanism", "Gaussian", "--mechanism.max_grad_norm", "0.5", *QUICK).code == 0
+        claim, config = read_json(tmp_path / "run" / "claim.json"), config_of(tmp_path / "run")
+        assert (claim["mechanism"], claim["level"], claim["num_releases"]) == ("Gaussian", "PROVED", 5)
+        assert config["mechanism"]["class_path"].endswith(".Gaussian")
+        assert config["mechanism"]["init_args"]["max_grad_norm"] == 0.5
+        # Replace-one: the row of one record, 2 vectors of norm 0.5, may turn round.
+        (event,) = set(events_of(tmp_path / "run"))
+        assert event.l2_sensitivity == pytest.approx(2 * 0.5 * 2**0.5)
+
+    def test_one_flag_is_enough(self, fit, tmp_path):
+        """Options of the mechanism in the file do not stand in the way of another one."""
+        for name in ("Gaussian", "NoPrivacy"):
+            assert fit("--run_dir", tmp_path / name, "--mechanism", name, *QUICK).code == 0
+            assert read_json(tmp_path / name / "claim.json")["mechanism"] == name
+
+    def test_an_option_of_the_configured_mechanism(self, fit, tmp_path):
+        assert fit("--mechanism.top_k", "3", *QUICK).code == 0
+        assert config_of(tmp_path / "run")["mechanism"]["init_args"]["top_k"] == 3
+        (event,) = set(events_of(tmp_path / "run"))
+        assert event.l2_sensitivity == pytest.approx(2 * (2 * 3) ** 0.5)  # 2 vectors with 3 votes each turn round
+
+
+class TestNoPrivacy:
+    @pytest.fixture
+    def outcome(self, fit):
+        return fit("--mechanism", "NoPrivacy")
+
+    def test_the_claim_says_so(self, outcome, tmp_path):
+        assert outcome.code == 0
+        claim = read_json(tmp_path / "run" / "claim.json")
+        assert (claim["level"], claim["epsilon"]) == ("NONPRIVATE", None)
+        assert "No differential privacy" in claim["statement"]
+        assert set(events_of(tmp_path / "run")) == {NonPrivateRelease()}
+        assert len(events_of(tmp_path / "run")) == 5
+
+    def test_no_budget_is_printed_logged_or_on_the_card(self, outcome, tmp_path):
+        printed = outcome.out + outcome.err + " ".join(outcome.logged)
+        assert "NONPRIVATE" in printed
+        assert "epsilon" not in printed.replace("no epsilon is proved", "")
+        assert not [key for row in read_metrics(tmp_path / "run") for key in row if "epsilon" in key]
+        card = read_json(tmp_path / "run" / "run_card.json")
+        card.pop("config")  # what was asked, whatever the mechanism made of it
+        assert [place for place in places(card) if "epsilon" in place[0]] == [("/claim/epsilon", None)]
+        assert not [value for _, value in places(card) if isinstance(value, float) and value == float("inf")]
+        page = (tmp_path / "run" / "run_card.html").read_text()
+        assert "epsilon" not in page.replace("&quot;target_epsilon&quot;", "")
+
+    def test_without_noise_it_is_reproducible(self, fit, tmp_path):
+        weights = []
+        for name in ("a", "b"):
+            fit("--run_dir", tmp_path / name, "--mechanism", "NoPrivacy", *QUICK)
+            weights.append((tmp_path / name / "release" / "generator.safetensors").read_bytes())
+        assert weights[0] == weights[1]
+
+
+def places(value, path=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from places(inner, f"{path}/{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from places(inner, path)
+    else:
+        yield path, value
+
+
+class TestPrivacy:
+    @pytest.mark.parametrize("epsilon", [1.0, 8.0])
+    def test_a_target_calibrates_the_noise(self, fit, tmp_path, epsilon):
+        outcome = fit("--privacy.target_epsilon", epsilon, *QUICK)
+        claim = read_json(tmp_path / "run" / "claim.json")
+        assert claim["level"] == "PROVED"
+        assert 0.99 * epsilon <= claim["epsilon"] <= epsilon
+        assert config_of(tmp_path / "run")["privacy"]["target_epsilon"] == epsilon
+        assert f"{epsilon:.4f}" in outcome.out
+
+    def test_a_smaller_budget_means_more_noise(self, fit, tmp_path):
+        for epsilon in ("1", "8"):
+            fit("--run_dir", tmp_path / epsilon, "--privacy.target_epsilon", epsilon, *QUICK)
+        small, large = (events_of(tmp_path / name)[0].noise_std for name in ("1", "8"))
+        assert small > 3 * large
+
+    def test_target_delta(self, fit, tmp_path):
+        for delta in ("1e-3", "1e-6"):
+            fit("--run_dir", tmp_path / delta, "--privacy.target_delta", delta, *QUICK)
+            claim = read_json(tmp_path / delta / "claim.json")
+            assert claim["delta"] == float(delta)
+            assert 0.99 * 5 <= claim["epsilon"] <= 5
+        assert events_of(tmp_path / "1e-6")[0].noise_std > events_of(tmp_path / "1e-3")[0].noise_std
+
+    def test_noise_multiplier_without_a_target(self, fit, tmp_path):
+        assert fit("--privacy.noise_multiplier", "3", "--privacy.target_epsilon", "null", *QUICK).code == 0
+        (event,) = set(events_of(tmp_path / "run"))
+        assert isinstance(event, GaussianRelease)
+        assert event.noise_multiplier == pytest.approx(3)
+        # mu = sqrt(5) / 3; the reference is dp_accounting's exact curve at that mu.
+        from dp_accounting import get_epsilon_gaussian
+
+        claim = read_json(tmp_path / "run" / "claim.json")
+        assert claim["epsilon"] == pytest.approx(get_epsilon_gaussian(3 / 5**0.5, 1e-5), rel=1e-6)
+
+    def test_noise_and_target_give_the_length(self, fit, tmp_path):
+        flags = ("--privacy.noise_multiplier", "4", "--trainer.max_steps", "-1", "--data.steps_per_epoch", "3")
+        assert fit(*flags, *QUICK).code == 0
+        claim, events = read_json(tmp_path / "run" / "claim.json"), events_of(tmp_path / "run")
+        assert claim["epsilon"] <= 5
+        from lightning_dp.accounting.accountants import compute_epsilon
+
+        ledger = PrivacyLedger.read(tmp_path / "run" / "ledger.jsonl")
+        ((key, count),) = ledger.counts().items()
+        assert count == len(events) > 6  # several epochs of three steps
+        one_more = compute_epsilon({key: count + 1}, delta=1e-5, relation="replace_one")
+        assert one_more.epsilon > 5
+
+    def test_relation(self, fit, tmp_path):
+        assert fit("--privacy.neighboring_relation", "replace_special", *QUICK).code == 0
+        claim = read_json(tmp_path / "run" / "claim.json")
+        assert claim["relation"] == "replace_special"
+        assert "zero-out" in claim["statement"]
+
+    def test_insecure_seed_downgrades_the_claim_and_prints_no_number(self, fit, tmp_path):
+        outcome = fit("--privacy.insecure_seed", "7", *QUICK)
+        claim = read_json(tmp_path / "run" / "claim.json")
+        assert (claim["level"], claim["epsilon"]) == ("UNVERIFIED", None)
+        assert "insecure_seed" in claim["statement"]
+        printed = (outcome.out + " ".join(outcome.logged)).replace("no epsilon is proved", "")
+        assert "epsilon" not in printed.replace("No epsilon is stated", "")
+        assert not [key for row in read_metrics(tmp_path / "run") for key in row if "epsilon" in key]
+
+
+class TestRest:
+    def test_the_resolved_configuration_runs_again(self, cli, fit, tmp_path):
+        assert fit("--mechanism", "NoPrivacy", *QUICK).code == 0
+        again = cli("fit", "--config", tmp_path / "run" / "config.yaml", "--run_dir", tmp_path / "again")
+        assert again.code == 0
+        released = "release/generator.safetensors"
+        assert (tmp_path / "again" / released).read_bytes() == (tmp_path / "run" / released).read_bytes()
+
+    def test_seed_everything_is_the_public_seed(self, fit, tmp_path):
+        weights = []
+        for seed in ("1", "2"):
+            fit("--run_dir", tmp_path / seed, "--seed_everything", seed, "--mechanism", "NoPrivacy", *QUICK)
+            weights.append((tmp_path / seed / "release" / "generator.safetensors").read_bytes())
+        assert weights[0] != weights[1]
+
+    def test_default_run_folder_is_named_after_the_experiment(self, cli, tmp_path, monkeypatch):
+        from tests.cli.runs import TINY
+
+        monkeypatch.chdir(tmp_path)
+        flags = ("--config", TINY, "--trainer.max_steps", "1", *QUICK)
+        assert cli("fit", *flags, "--name", "mine").code == 0
+        (folder,) = (tmp_path / "runs" / "mine").iterdir()
+        assert (folder / "claim.json").exists()
+        # The newest run of the name is the one that 'last' means.
+        assert cli("fit", *flags, "--name", "mine", "--ckpt_path", "last").code == 0
+        assert [path for path in (tmp_path / "runs" / "mine").iterdir()] == [folder]
+
+    @pytest.mark.parametrize("command", ["fit", "sample", "evaluate", "account"])
+    def test_help(self, cli, capsys, command):
+        with pytest.raises(SystemExit) as ended:
+            cli(command, "--help")
+        assert ended.value.code in (0, None)
+        assert "usage" in capsys.readouterr().out.lower()
+
+    def test_help_without_a_command(self, cli):
+        outcome = cli("--help")
+        assert (outcome.code, outcome.err) == (0, "")
+        for command in ("fit", "sample", "evaluate", "account", "data fetch"):
+            assert f"lightning-dp {command}" in outcome.out
+
+    def test_version(self, cli):
+        assert cli("--version").out.startswith("lightning-dp ")
