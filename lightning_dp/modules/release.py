@@ -106,7 +106,7 @@ class ReleaseSession:
 
         Args:
             chunks: Private rows, chunk by chunk.
-            shape: (num_vectors, vector_dim) of the release; public.
+            shape: (num_vectors, vector_dim) of the release; public, as the plan has it.
             device: Where the rows live.
 
         Returns:
@@ -123,7 +123,7 @@ class ReleaseSession:
         self._may_release(self.event, self.sampling)
         self._may_still_release = False
         number = self.ledger.append(self.event, self.sampling)
-        total = self._reduce(self._encoded_sum(chunks, shape, device, number))
+        total = self._reduce(self._encoded_sum(chunks, shape[0], device, number, is_private=True))
         if self._log_raw is not None and self.mechanism.is_private:
             noise_energy = self.mechanism.noise_std(self.plan) * total.numel() ** 0.5
             self._log_raw("raw/signal_to_noise", float(total.double().norm()) / noise_energy)
@@ -151,14 +151,15 @@ class ReleaseSession:
         Returns:
             The decoded sum, (num_vectors, vector_dim), float32; public.
         """
-        total = self._encoded_sum(chunks, shape, device, number).to(torch.float64)
+        total = self._encoded_sum(chunks, shape[0], device, number, is_private=False).to(torch.float64)
         total *= self.plan.spec.rows_per_vector / num_rows
-        return self.mechanism.decode(total, self.plan, number, self._public_seed).to(torch.float32)
+        return self.mechanism.reference(total, self.plan, release_number=number, public_seed=self._public_seed)
 
     def _encoded_sum(
-        self, chunks: Iterable[RowChunk], shape: tuple[int, int], device: torch.device, number: int
+        self, chunks: Iterable[RowChunk], num_vectors: int, device: torch.device, number: int, *, is_private: bool
     ) -> Tensor:
-        total = torch.zeros(shape, dtype=self.mechanism.total_dtype, device=device)
+        mechanism, spec = self.mechanism, self.plan.spec
+        total = torch.zeros(num_vectors, mechanism.encoded_dim(spec), dtype=mechanism.total_dtype, device=device)
         for chunk in chunks:
             context = EncodeContext(
                 release_number=number,
@@ -167,6 +168,8 @@ class ReleaseSession:
                 row_ids=chunk.teacher_ids,
                 first_vector=chunk.queries.start or 0,
             )
-            encoded = self.mechanism.encode(chunk.values, self.plan.spec, context)
-            total[chunk.queries] += encoded.sum(dim=0, dtype=self.mechanism.total_dtype)
+            encoded = mechanism.encode(chunk.values, spec, context)
+            if is_private:
+                encoded = mechanism.perturb_rows(encoded, self.plan, context)
+            total[chunk.queries] += encoded.sum(dim=0, dtype=mechanism.total_dtype)
         return total
