@@ -1,4 +1,4 @@
-"""Flags over a configuration change what runs, as read back from the claim, the ledger and the resolved configuration."""
+"""Flags over a configuration change what runs, as the claim, the ledger and the resolved configuration tell."""
 
 import pytest
 import yaml
