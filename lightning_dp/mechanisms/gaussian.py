@@ -10,7 +10,7 @@ from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, zero_non_finite
 
 # Clipped norms are kept this much (relative) inside the bound, so that rounding cannot carry a row across it.
-_ROUNDING_MARGIN = 1e-6
+ROUNDING_MARGIN = 1e-6
 
 
 @final
@@ -23,7 +23,8 @@ class Gaussian(Mechanism):
     Args:
         max_grad_norm: L2 bound of one vector of a row, > 0, in units of the gradient.
         clipping: flat scales vectors above the bound down to it; automatic rescales every vector to (almost) the bound,
-            g -> C g / (|g| + stability), and needs no tuning (Bu et al. 2022).
+            g -> C g / (|g| + stability), and needs no tuning (Bu et al. 2022); per_layer scales each of the L segments
+            of a vector down to C / sqrt(L) by itself, so that the joint bound is C as well.
         stability: The positive constant of automatic clipping, in units of the gradient.
 
     Raises:
@@ -36,7 +37,7 @@ class Gaussian(Mechanism):
         self,
         *,
         max_grad_norm: float = 1.0,
-        clipping: Literal["flat", "automatic"] = "flat",
+        clipping: Literal["flat", "automatic", "per_layer"] = "flat",
         stability: float = 1e-12,
     ) -> None:
         for name, value in (("max_grad_norm", max_grad_norm), ("stability", stability)):
@@ -50,11 +51,27 @@ class Gaussian(Mechanism):
         """Return sqrt(vectors per row) * max_grad_norm."""
         return math.sqrt(spec.vectors_per_row) * self.max_grad_norm
 
+    def check(self, spec: ContributionSpec) -> None:
+        """Refuse clipping layer by layer where the vectors have no layers."""
+        super().check(spec)
+        if self.clipping == "per_layer" and spec.segments is None:
+            raise ConfigurationError(
+                f"mechanism.clipping=per_layer needs vectors with layers, but the {spec.kind} contributions of this "
+                "method have none; choose flat or automatic."
+            )
+
     def encode(self, rows: Tensor, spec: ContributionSpec, context: EncodeContext) -> Tensor:
         """Return clipped rows in float64."""
         rows = zero_non_finite(rows.to(torch.float64))
+        if self.clipping == "per_layer" and spec.segments is not None:
+            # The squares of L bounds C / sqrt(L) add up to C^2 (mechanisms, section (a)).
+            share = self.max_grad_norm / math.sqrt(len(spec.segments))
+            return torch.cat([self._clipped(part, share) for part in rows.split(spec.segments, dim=-1)], dim=-1)
+        return self._clipped(rows, self.max_grad_norm)
+
+    def _clipped(self, rows: Tensor, max_norm: float) -> Tensor:
         norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        bound = self.max_grad_norm * (1 - _ROUNDING_MARGIN)
+        bound = max_norm * (1 - ROUNDING_MARGIN)
         if self.clipping == "automatic":
             return rows * (bound / (norms + self.stability))
         return rows * (bound / norms.clamp(min=bound))

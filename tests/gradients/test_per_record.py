@@ -122,7 +122,7 @@ def test_no_record_reaches_the_row_of_another():
 
 
 def test_a_coupled_loss_cannot_be_written():
-    """The broken twin: a term over pairs of records. The loss is handed one record, so the pair is the record itself."""
+    """The broken twin: a term over pairs. The loss is handed one record, whose only pair is with itself."""
 
     def with_spread(net, image, label):
         logits = net(image)

@@ -28,6 +28,14 @@ class TestGaussianAutomatic(MechanismContract):
         return Gaussian(max_grad_norm=3.0, clipping="automatic", stability=0.01)
 
 
+class TestGaussianPerLayer(MechanismContract):
+    def make(self):
+        return Gaussian(max_grad_norm=0.7, clipping="per_layer")
+
+    def spec(self):
+        return ContributionSpec.records(expected_batch_size=40, vector_dim=16, segments=(1, 5, 10))
+
+
 def encode(mechanism, rows):
     spec = ContributionSpec.records(expected_batch_size=4, vector_dim=rows.shape[-1])
     return mechanism.encode(rows, spec, context(len(rows)))
@@ -109,3 +117,32 @@ def test_bad_noise_is_refused(value):
     spec = ContributionSpec.records(expected_batch_size=6, vector_dim=4)
     with pytest.raises(ConfigurationError, match="noise_multiplier > 0"):
         ReleasePlan(spec=spec, relation=REPLACE, noise_multiplier=value)
+
+
+def test_layers_are_clipped_apart_to_a_joint_bound():
+    """C_l = C / sqrt(L), joint bound sqrt(sum C_l^2) = C (mechanisms, section (a))."""
+    spec = ContributionSpec.records(expected_batch_size=4, vector_dim=12, segments=(2, 4, 6))
+    mechanism = Gaussian(max_grad_norm=3.0, clipping="per_layer")
+    rows = torch.randn(6, 1, 12, generator=torch.Generator().manual_seed(0)).double() * 100
+    rows[0, 0, 2:6] = 0.01
+    encoded = mechanism.encode(rows, spec, context(6))
+    share = 3.0 / 3**0.5
+    for part in encoded[1:].split(spec.segments, dim=-1):
+        torch.testing.assert_close(part.norm(dim=-1), torch.full((5, 1), share).double(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(encoded[0, 0, 2:6], rows[0, 0, 2:6])  # a small layer passes beside a large one
+    assert 0.999999 * 3 < encoded.norm(dim=-1).max() <= 3.0
+    assert mechanism.l2_sensitivity(spec, ADD_REMOVE) == 3.0
+
+
+def test_clipping_every_layer_to_the_whole_bound_would_be_caught():
+    """The broken twin: L layers of norm C have joint norm C sqrt(L)."""
+    spec = ContributionSpec.records(expected_batch_size=4, vector_dim=12, segments=(2, 4, 6))
+    rows = torch.ones(1, 1, 12).double() * 100
+    flat = Gaussian(max_grad_norm=3.0)
+    broken = torch.cat([flat.encode(part, spec, context(1)) for part in rows.split(spec.segments, -1)], dim=-1)
+    assert broken.norm() > 1.7 * flat.row_bound(spec)
+
+
+def test_layers_are_needed_to_clip_by_layer():
+    with pytest.raises(ConfigurationError, match="have none"):
+        Gaussian(clipping="per_layer").check(ContributionSpec.joint(num_vectors=1, vector_dim=7))
