@@ -4,6 +4,7 @@ from datamodules import MNIST, EmbeddedDigits, FashionMNIST
 from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.gradients.energy_teachers import EnergyTeachers
 from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.mechanisms.gnmax import GNMax
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
@@ -20,6 +21,7 @@ __all__ = [
     "EmbeddedDigits",
     "EnergyTeachers",
     "FashionMNIST",
+    "GNMax",
     "Gaussian",
     "LowFrequencyDCT",
     "MLPGenerator",
