@@ -163,7 +163,7 @@ def quantise(images: Tensor) -> Tensor:
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise ConfigurationError(
             f"Expected synthetic images in [0, 1], got values from {low:.4g} to {high:.4g}. "
-            "Map the generator's output with its to_images."
+            "Evaluate what Generator.sample returns."
         )
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 

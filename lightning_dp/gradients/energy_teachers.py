@@ -12,6 +12,39 @@ from lightning_dp.gradients.teachers import Encoder, FakeSource, RowChunk, RowSt
 from lightning_dp.losses.energy import unit_directions
 
 
+class DirectionChunk(RowChunk):
+    """Rows that are unit vectors from points to targets, computed when they are asked for. Private.
+
+    A change of basis is applied to targets and points, which are far fewer than their pairs.
+
+    Args:
+        teacher_ids: int64, (n,).
+        queries: The images that the points stand for.
+        targets: (n, d). Private where they are records.
+        points: (q, d).
+    """
+
+    _targets: Tensor
+    _points: Tensor
+
+    def __init__(self, teacher_ids: Tensor, queries: slice, *, targets: Tensor, points: Tensor) -> None:
+        # The base class is frozen; `values` is computed here instead of being kept.
+        for name, value in (("teacher_ids", teacher_ids), ("queries", queries)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_targets", targets)
+        object.__setattr__(self, "_points", points)
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The rows, (n, q, d)."""
+        return unit_directions(self._targets, self._points)
+
+    @override
+    def in_basis(self, basis: Tensor) -> Tensor:
+        rotation = basis.to(self._targets)
+        return unit_directions(self._targets @ rotation, self._points @ rotation)
+
+
 class EnergyTeachers(TeacherEnsemble):
     """Critics of the energy distance, one per shard and label, without state.
 
@@ -76,11 +109,8 @@ class EnergyTeachers(TeacherEnsemble):
             if queries is None or len(records) == 0:
                 continue
             for part in self._parts(owners):
-                rows = unit_directions(records[part], flat[queries])  # (n, q, d)
-                if self.is_single_record:
-                    yield RowChunk(teacher_ids=owners[part], values=rows, queries=queries)
-                else:
-                    yield _mean_per_teacher(rows, owners[part], queries)
+                chunk = DirectionChunk(owners[part], queries, targets=records[part], points=flat[queries])
+                yield chunk if self.is_single_record else _mean_per_teacher(chunk.values, owners[part], queries)
 
     def _parts(self, owners: Tensor) -> Iterator[slice]:
         """Cut records, sorted by teacher, into chunks that never split a teacher."""

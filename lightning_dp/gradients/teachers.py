@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_dp.errors import DataError
 
 FakeSource = Callable[[Tensor], Tensor]
-"""Public labels (n,) in, detached native outputs of the generator (n, *output_shape) out."""
+"""Public labels (n,) in, what teachers judge of the generator's images out, detached: (n, *judged_shape)."""
 
 Encoder = Callable[[Tensor], Tensor]
-"""Public map of images in [0, 1], (n, C, H, W), to native outputs (n, *output_shape), each image by itself."""
+"""Public map of images in [0, 1], (n, C, H, W), to what teachers judge, (n, *judged_shape), each image by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +133,17 @@ class RowChunk:
     values: Tensor
     queries: slice
 
+    def in_basis(self, basis: Tensor) -> Tensor:
+        """Return the rows in another orthonormal basis.
+
+        Args:
+            basis: (d, d), one basis vector a column.
+
+        Returns:
+            (n, q, d).
+        """
+        return self.values @ basis.to(self.values)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowStructure:
@@ -182,7 +193,7 @@ class TeacherEnsemble(ABC):
             image_shape: (C, H, W) of the images.
             device: Where teachers live and work.
             seed: Public seed of the teachers' initial parameters.
-            encode: The generator's `encode_images`; None when native outputs are images.
+            encode: Public map of images to what teachers judge; None when they judge images.
 
         Raises:
             ConfigurationError: Shards do not fit the ensemble.
@@ -203,7 +214,7 @@ class TeacherEnsemble(ABC):
         """Yield rows for a batch of fakes, a bounded number of teachers at a time, each teacher once per query.
 
         Args:
-            fakes: Native outputs of the generator, (B, *output_shape), detached.
+            fakes: What teachers judge of the fake images, (B, *judged_shape), detached.
             labels: Public labels of the fakes, int64, (B,).
         """
 

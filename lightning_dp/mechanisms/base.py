@@ -114,6 +114,14 @@ class Mechanism(ABC):
         """Return the numbers that one vector becomes when it is encoded."""
         return spec.vector_dim
 
+    def public_basis(self, spec: ContributionSpec, *, release_number: int, public_seed: int) -> Tensor | None:
+        """Return the orthonormal basis, (vector_dim, vector_dim), in which `encode` wants its rows; None for their own.
+
+        A rotation of every vector, drawn from public numbers: bounds and sensitivities stay what they are. `decode`
+        rotates back.
+        """
+        return None
+
     # What a mechanism does -------------------------------------------------------------------------------------------
 
     @abstractmethod

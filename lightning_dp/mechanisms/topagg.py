@@ -87,6 +87,10 @@ class TopAgg(Mechanism):
         self.threshold = float(threshold)
         self.charge = charge
 
+    def public_basis(self, spec: ContributionSpec, *, release_number: int, public_seed: int) -> Tensor | None:
+        """Return the random basis in which rows of this release vote, or None for their own."""
+        return public_rotation(spec.vector_dim, public_seed, release_number) if self.rotate else None
+
     def num_votes(self, spec: ContributionSpec) -> int:
         """Return k: how many coordinates of one vector a row votes on."""
         return self.top_k if self.top_k is not None else max(1, round(spec.vector_dim / 4))
@@ -108,9 +112,6 @@ class TopAgg(Mechanism):
     def encode(self, rows: Tensor, spec: ContributionSpec, context: EncodeContext) -> Tensor:
         """Return votes, int8, (num_rows, num_vectors, vector_dim), with at most k non-zero entries per vector."""
         rows = zero_non_finite(rows)
-        if self.rotate:
-            basis = public_rotation(rows.shape[-1], context.public_seed, context.release_number)
-            rows = rows @ basis.to(rows)  # (n, q, d)
         k = self.num_votes(spec)
         if self.votes == "stochastic":
             signs = self._stochastic_signs(rows, context)

@@ -160,7 +160,9 @@ class ReleaseSession:
     ) -> Tensor:
         mechanism, spec = self.mechanism, self.plan.spec
         total = torch.zeros(num_vectors, mechanism.encoded_dim(spec), dtype=mechanism.total_dtype, device=device)
+        basis = mechanism.public_basis(spec, release_number=number, public_seed=self._public_seed)
         for chunk in chunks:
+            rows = chunk.values if basis is None else chunk.in_basis(basis)
             context = EncodeContext(
                 release_number=number,
                 public_seed=self._public_seed,
@@ -168,7 +170,7 @@ class ReleaseSession:
                 row_ids=chunk.teacher_ids,
                 first_vector=chunk.queries.start or 0,
             )
-            encoded = mechanism.encode(chunk.values, spec, context)
+            encoded = mechanism.encode(rows, spec, context)
             if is_private:
                 encoded = mechanism.perturb_rows(encoded, self.plan, context)
             total[chunk.queries] += encoded.sum(dim=0, dtype=mechanism.total_dtype)

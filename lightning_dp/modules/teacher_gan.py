@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.energy_teachers import DirectionChunk
 from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
-from lightning_dp.losses.energy import unit_directions
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
 from lightning_dp.networks.basis import PublicBasis
@@ -227,7 +227,7 @@ class TeacherEnsembleGAN(PrivateModule):
         start = 0
         for label, length in zip(runs.tolist(), lengths.tolist(), strict=True):
             queries = slice(start, start + length)
-            yield RowChunk(ids, unit_directions(pool[label], flat[queries]), queries)
+            yield DirectionChunk(ids, queries, targets=pool[label], points=flat[queries])
             start += length
 
     def _judged(self, images: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class DataLensDiscriminator(Discriminator):
 
 
 class DataLensGenerator(Generator):
-    """The DataLens generator; native outputs are the images, latents are uniform on (-1, 1).
+    """The DataLens generator; latents are uniform on (-1, 1).
 
     Each call normalises by the statistics of its own batch, also when the released model is sampled, as the published
     program does: sample in batches of a few dozen with mixed labels.
@@ -125,10 +125,6 @@ class DataLensGenerator(Generator):
         """Draw new initial parameters in place."""
         _reset(self)
 
-    @property
-    def output_shape(self) -> tuple[int, ...]:  # noqa: D102
-        return self.image_shape
-
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
         one_hot = F.one_hot(labels, self.num_classes).to(latent.dtype)
         features = F.relu(self.norm0(self.fc0(torch.cat([latent, one_hot], dim=1))))
@@ -136,12 +132,6 @@ class DataLensGenerator(Generator):
         maps = flat.unflatten(1, (*self._grid, GENERATOR_CHANNELS)).permute(0, 3, 1, 2)  # channels last -> NCHW
         maps = F.relu(self.norm2(self.deconv2(_with_label_planes(maps, one_hot))))
         return torch.sigmoid(self.deconv3(_with_label_planes(maps, one_hot)))
-
-    def to_images(self, native: Tensor) -> Tensor:  # noqa: D102
-        return native
-
-    def encode_images(self, images: Tensor) -> Tensor:  # noqa: D102
-        return images
 
     def sample_latent(self, num: int, generator: torch.Generator | None = None) -> Tensor:  # noqa: D102
         return uniform_latent(num, self.latent_dim, like=self.fc0.weight, generator=generator)

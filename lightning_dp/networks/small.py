@@ -91,22 +91,12 @@ class _PixelGenerator(Generator):
         super().__init__()
         self.image_shape, self.num_classes, self.latent_dim = image_shape, num_classes, latent_dim
 
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        return self.image_shape
-
     def _joined(self, latent: Tensor, labels: Tensor) -> Tensor:
         return torch.cat([latent, F.one_hot(labels, self.num_classes).to(latent.dtype)], dim=1)
 
     def reset_parameters(self) -> None:
         """Draw new initial parameters in place."""
         _reset(self)
-
-    def to_images(self, native: Tensor) -> Tensor:
-        return native
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        return images
 
     def sample_latent(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         like = next(self.parameters())

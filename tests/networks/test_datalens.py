@@ -69,12 +69,10 @@ def test_generator_makes_images_of_its_latents():
     assert latent.min() < -0.9
     assert latent.max() > 0.9
     assert latent.abs().max() <= 1
-    native = generator(latent, torch.tensor([0, 1, 2, 9]))
-    assert native.shape == (4, *MNIST) == (4, *generator.output_shape)
-    assert native.min() >= 0
-    assert native.max() <= 1
-    assert torch.equal(generator.to_images(native), native)
-    assert torch.equal(generator.encode_images(native), native)
+    images = generator(latent, torch.tensor([0, 1, 2, 9]))
+    assert images.shape == (4, *MNIST)
+    assert images.min() >= 0
+    assert images.max() <= 1
 
 
 def test_the_label_reaches_both_networks():
