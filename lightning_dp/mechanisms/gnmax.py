@@ -1,4 +1,4 @@
-"""GNMax: rows vote for bins of their random projections; noisy winners are projected back (G-PATE, Long et al. 2021)."""
+"""GNMax: rows vote for bins of random projections; noisy winners are projected back (G-PATE, Long et al. 2021)."""
 
 import math
 from functools import lru_cache
