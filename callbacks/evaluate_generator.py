@@ -1,4 +1,4 @@
-"""Judges the released generator against the real test split, during or after training."""
+"""Judges what a run releases against the real test split, during or after training."""
 
 from typing import Any
 
@@ -8,12 +8,13 @@ from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult, evaluate_samples
+from lightning_dp.evaluation.classification import ClassificationResult
+from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult
 from lightning_dp.modules.base import PrivateModule
 
 
 class EvaluateGenerator(pl.Callback):
-    """Samples the released generator and logs FID, precision, recall and downstream accuracy.
+    """Samples the released generator and logs FID, precision, recall and downstream accuracy; a classifier's accuracy.
 
     The test split is no part of the training records. Its numbers are for the reader: nothing in the run depends on
     them, and no checkpoint is chosen by them.
@@ -36,7 +37,7 @@ class EvaluateGenerator(pl.Callback):
         self.protocol = protocol if protocol is not None else EvaluationProtocol()
         self.every_n_releases = every_n_releases
         self.sample_seed = sample_seed
-        self.result: EvaluationResult | None = None
+        self.result: EvaluationResult | ClassificationResult | None = None
         self._num_batches = 0
 
     @override
@@ -62,14 +63,13 @@ class EvaluateGenerator(pl.Callback):
         assert isinstance(pl_module, PrivateModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         with torch.random.fork_rng():
-            images, labels = pl_module.released_generator().sample(self.protocol.num_samples, seed=self.sample_seed)
-            self.result = evaluate_samples(
-                images, labels, data.test_images, data.test_labels, self.protocol, device=pl_module.device
+            self.result = pl_module.evaluate_released(
+                data.test_images, data.test_labels, self.protocol, seed=self.sample_seed
             )
         for logger in trainer.loggers:
             logger.log_metrics(flat_metrics(self.result), step=trainer.global_step)
 
 
-def flat_metrics(result: EvaluationResult) -> dict[str, float]:
+def flat_metrics(result: EvaluationResult | ClassificationResult) -> dict[str, float]:
     """Return the numbers of an evaluation under the names that loggers see."""
     return {f"eval/{name}": value for name, value in result.metrics().items()}

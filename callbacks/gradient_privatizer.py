@@ -91,6 +91,7 @@ class GradientPrivatizer(pl.Callback):
         budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
         pl_module.logs_raw = self.raw_telemetry
         pl_module.planned_releases = budget.num_releases
+        pl_module.insecure_seed = self.accountant.privacy.insecure_seed
         settings = self.accountant.privacy
         header = {
             "relation": relation_name(settings.relation),
@@ -136,6 +137,14 @@ class GradientPrivatizer(pl.Callback):
             log_raw=pl_module.log if self.raw_telemetry else None,
         )
         pl_module.attach(session)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.mechanism.state_dict())
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.mechanism.load_state_dict(state_dict)
 
     @property
     def _plan(self) -> ReleasePlan:

@@ -21,7 +21,7 @@ from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.errors import PrivacyProtocolError
 from lightning_dp.evaluation.report import RunCard, write_run_card
 from lightning_dp.modules.base import PrivateModule
-from lightning_dp.modules.published import save_generator
+from lightning_dp.modules.published import save_released
 
 CLAIM_FILE = "claim.json"
 GRID_FILE = "samples.png"
@@ -82,7 +82,7 @@ class RunFolder(pl.Callback):
         (self.path / CLAIM_FILE).write_text(
             json.dumps({**claim.to_dict(), "statement": claim.statement()}, indent=2) + "\n"
         )
-        save_generator(self.path / RELEASE_FOLDER, pl_module.released_generator(), claim.to_dict())
+        save_released(self.path / RELEASE_FOLDER, pl_module.released_model(), claim.to_dict())
         self.card = self._make_card(trainer, pl_module)
         write_run_card(self.path, self.card)
         metrics = {"cost/train_time_s": self._train_time_s, "privacy/delta": claim.delta}
@@ -95,7 +95,7 @@ class RunFolder(pl.Callback):
         accountant, data = self.privatizer.accountant, trainer.datamodule  # type: ignore[attr-defined]
         claim, budget, privacy = accountant.claim(), accountant.budget, accountant.privacy
         result = self.evaluation.result if self.evaluation is not None else None
-        generator = module.released_generator()
+        network = module.released_model()
         evaluation_time_s = result.wall_time_s if result is not None else 0.0
         return RunCard(
             title=self.title,
@@ -125,8 +125,8 @@ class RunFolder(pl.Callback):
             },
             model={
                 "method": type(module).__name__,
-                "generator": type(generator).__name__,
-                "parameters": sum(parameter.numel() for parameter in generator.parameters()),
+                network.kind: type(network).__name__,
+                "parameters": sum(parameter.numel() for parameter in network.parameters()),
             },
             evaluation=result.to_dict() if result is not None else None,
             epsilon_curve=self._epsilon_curve(),

@@ -14,7 +14,7 @@ from lightning_dp.modules.base import PrivateModule
 
 
 class SampleGrid(pl.Callback):
-    """Saves samples of the released generator, one class a row.
+    """Saves samples of the released generator, one class a row; nothing for methods that train none.
 
     Args:
         path: The PNG file; overwritten by the newest grid.
@@ -57,6 +57,8 @@ class SampleGrid(pl.Callback):
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PrivateModule)
+        if not pl_module.makes_images:
+            return
         generator = pl_module.released_generator()
         labels = torch.arange(generator.num_classes).repeat_interleave(self.per_class)
         images, labels = generator.sample(len(labels), seed=self.sample_seed, labels=labels)

@@ -144,7 +144,8 @@ def _tiles(card: Mapping[str, Any]) -> str:
     if is_proved(claim):
         tiles.insert(0, (ceil_text(claim["epsilon"]), f"epsilon at delta {number_text(claim['delta'])}"))
     if evaluation is not None:
-        tiles.append((number_text(evaluation["fid"]), f"FID, {evaluation['fid_extractor']}"))
+        if "fid" in evaluation:
+            tiles.append((number_text(evaluation["fid"]), f"FID, {evaluation['fid_extractor']}"))
         tiles += [(number_text(value), f"{name} accuracy") for name, value in evaluation["accuracy"].items()]
     if "total_time_s" in cost:
         tiles.append((seconds_text(cost["total_time_s"]), "time"))
@@ -174,6 +175,8 @@ def _quality(evaluation: Mapping[str, Any] | None) -> str:
     """Return the metric table with extractor, sizes and protocol."""
     if evaluation is None:
         return '<section><h2>Quality</h2><p class="soft">This run was not evaluated.</p></section>'
+    if "fid" not in evaluation:
+        return _classifier_quality(evaluation)
     rows = [(f"FID ({evaluation['fid_extractor']})", number_text(evaluation["fid"]))]
     rows += [(name, number_text(evaluation[name])) for name in ("kid", "precision", "recall") if name in evaluation]
     rows += [(f"accuracy, {name}", number_text(value)) for name, value in evaluation["accuracy"].items()]
@@ -184,6 +187,16 @@ def _quality(evaluation: Mapping[str, Any] | None) -> str:
         f"<section><h2>Quality of the synthetic images</h2>{notes}\n{_table(rows)}\n"
         '<p class="soft">Against the real test split. An FID compares only with FIDs of the same extractor and '
         "protocol hash; accuracy is that of classifiers trained on synthetic images alone.</p></section>"
+    )
+
+
+def _classifier_quality(evaluation: Mapping[str, Any]) -> str:
+    """Return the accuracy of a released classifier."""
+    rows = [(f"accuracy, {name} split", number_text(value)) for name, value in evaluation["accuracy"].items()]
+    rows.append(("real test images", number_text(evaluation["num_test"])))
+    return (
+        f"<section><h2>Quality of the classifier</h2>{_table(rows)}\n"
+        '<p class="soft">On the real test split, which is no part of the training records.</p></section>'
     )
 
 

@@ -40,7 +40,7 @@ class RunCard:
         seed_policy: Where randomness came from, in words.
         data: name, num_records, image_shape, fingerprint and the like.
         model: method, network, parameter counts, size of the release checkpoint.
-        evaluation: `EvaluationResult.to_dict()`, or None if nothing was evaluated.
+        evaluation: `EvaluationResult.to_dict()` or `ClassificationResult.to_dict()`; None if nothing was evaluated.
         epsilon_curve: (number of releases, epsilon spent) pairs. Shown only for PROVED.
         metric_curves: (number of releases, value) pairs per metric; `accuracy/cnn` and `accuracy/mlp` share a plot.
         cost: train_time_s, evaluation_time_s, total_time_s, peak_memory_mb, device, and the like.
@@ -222,9 +222,12 @@ def _claim_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _quality_rows(evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if evaluation is None:
         return [("evaluation", "none")]
+    accuracy = [(f"accuracy, {name}", number_text(value)) for name, value in evaluation["accuracy"].items()]
+    if "fid" not in evaluation:  # a classifier, judged by its own accuracy
+        return accuracy
     rows = [(f"FID ({evaluation['fid_extractor']})", number_text(evaluation["fid"]))]
     rows.append(("precision / recall", f"{number_text(evaluation['precision'])} / {number_text(evaluation['recall'])}"))
-    rows += [(f"accuracy, {name}", number_text(value)) for name, value in evaluation["accuracy"].items()]
+    rows += accuracy
     rows.append(("protocol", f"{evaluation['protocol_hash']}, {evaluation['num_samples']} synthetic images"))
     return [*rows, *(("note", str(text)) for text in evaluation.get("warnings", ()))]
 

@@ -12,10 +12,13 @@ from typing_extensions import override
 
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.evaluation.classification import ClassificationResult
+from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult, evaluate_samples
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.release import Released, ReleaseSession
 from lightning_dp.networks.generator import Generator
+from lightning_dp.networks.releasable import ReleasableNetwork
 
 _NO_PRIVATIZER = (
     "No GradientPrivatizer is attached. Add callbacks.GradientPrivatizer to the trainer (the command line does so), or "
@@ -74,6 +77,7 @@ class PrivateModule(pl.LightningModule, ABC):
         self._facts: PublicFacts | None = None
         self.planned_releases = 0
         self.logs_raw = False
+        self.insecure_seed: int | None = None
 
     # What a method declares ------------------------------------------------------------------------------------------
 
@@ -111,6 +115,29 @@ class PrivateModule(pl.LightningModule, ABC):
             ConfigurationError: The method trains no generator.
         """
         raise ConfigurationError(f"{type(self).__name__} trains no generator, so it cannot be sampled.")
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether `released_generator` returns one; False for classifiers."""
+        return True
+
+    def released_model(self) -> ReleasableNetwork:
+        """Return the network that is published; the generator, unless the method trains another thing."""
+        return self.released_generator()
+
+    def evaluate_released(
+        self, test_images: Tensor, test_labels: Tensor, protocol: EvaluationProtocol, *, seed: int
+    ) -> EvaluationResult | ClassificationResult:
+        """Judge what is published against the real test split; by its samples, unless it is no generator.
+
+        Args:
+            test_images: Held-out images, uint8, (M, C, H, W).
+            test_labels: Their labels, int64, (M,).
+            protocol: How samples are judged.
+            seed: Of the samples.
+        """
+        images, labels = self.released_generator().sample(protocol.num_samples, seed=seed)
+        return evaluate_samples(images, labels, test_images, test_labels, protocol, device=self.device)
 
     @property
     def sampling(self) -> Sampling:

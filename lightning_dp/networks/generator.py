@@ -1,28 +1,23 @@
 """The interface of every generator: latent and label in, image out."""
 
-import inspect
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_dp.networks.releasable import ReleasableNetwork
 
 
-class Generator(nn.Module, ABC):
+class Generator(ReleasableNetwork):
     """A class-conditional generator of images.
-
-    A subclass keeps its constructor arguments as attributes of the same names, so that a released generator can be
-    rebuilt, and no persistent buffer, which could carry statistics of private data.
 
     Attributes:
         latent_dim: Length of the latent vector.
-        num_classes: Number of labels.
-        image_shape: (C, H, W) of the images.
     """
 
+    kind: ClassVar[str] = "generator"
     latent_dim: int
-    num_classes: int
-    image_shape: tuple[int, int, int]
 
     @abstractmethod
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
@@ -35,18 +30,6 @@ class Generator(nn.Module, ABC):
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups; one group unless the network knows better."""
         return [{"params": list(self.parameters()), "lr": learning_rate}]
-
-    def options(self) -> dict[str, Any]:
-        """Return the constructor's arguments, from the attributes of the same names.
-
-        Raises:
-            TypeError: The class keeps an argument under another name, so a released generator could not be rebuilt.
-        """
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
-        missing = [name for name in names if not hasattr(self, name)]
-        if missing:
-            raise TypeError(f"{type(self).__name__} must keep its constructor arguments as attributes: {missing}.")
-        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def sample(

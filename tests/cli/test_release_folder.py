@@ -14,7 +14,7 @@ from datamodules import EmbeddedDigits
 from lightning_dp.cli import main
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.noise import NoiseSource
-from lightning_dp.modules.published import load_generator, save_generator
+from lightning_dp.modules.published import load_generator, save_released
 from tests.cli.runs import TINY
 from tests.conftest import tiny_generator
 
@@ -155,7 +155,7 @@ class TestScan:
         generator = tiny_generator()
         generator.register_buffer("running_mean", torch.zeros(3))
         with pytest.raises(ConfigurationError, match="running_mean"):
-            save_generator(tmp_path / "release", generator, {})
+            save_released(tmp_path / "release", generator, {})
         assert not (tmp_path / "release").exists()
 
     def test_the_private_checkpoint_is_needed_to_resume(self, trained):

@@ -12,7 +12,7 @@ from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.mechanisms.topagg import TopAgg
-from lightning_dp.modules.published import load_generator, save_generator
+from lightning_dp.modules.published import load_generator, save_released
 from lightning_dp.modules.release import _DOOR, Released
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import LowFrequencyDCT
@@ -197,7 +197,7 @@ def test_data_that_do_not_fit_the_generator_are_refused(tmp_path):
 class TestPublished:
     def test_round_trip_gives_the_same_samples(self, tmp_path):
         generator = tiny_generator()
-        save_generator(tmp_path / "release", generator, {"level": "PROVED"})
+        save_released(tmp_path / "release", generator, {"level": "PROVED"})
         again, claim = load_generator(tmp_path)
         assert claim == {"level": "PROVED"}
         for mine, theirs in zip(generator.sample(6, seed=3), again.sample(6, seed=3), strict=True):
@@ -207,11 +207,11 @@ class TestPublished:
         generator = tiny_generator()
         generator.register_buffer("running_mean", torch.zeros(3))
         with pytest.raises(ConfigurationError, match="running_mean"):
-            save_generator(tmp_path, generator, {})
+            save_released(tmp_path, generator, {})
 
     @pytest.mark.parametrize("damage", ["missing", "json", "class", "weights"])
     def test_damaged_releases_are_refused_in_words(self, tmp_path, damage):
-        save_generator(tmp_path, tiny_generator(), {})
+        save_released(tmp_path, tiny_generator(), {})
         facts, weights = tmp_path / "generator.json", tmp_path / "generator.safetensors"
         if damage == "missing":
             weights.unlink()
