@@ -157,6 +157,12 @@ class PrivacyAccountant(pl.Callback):
         self._num_restored = sum(run["count"] for run in state_dict["ledger"]["runs"])
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Lightning calls no teardown then, and the lock would keep this process from resuming its own run.
+        if self._ledger is not None:
+            self._ledger.close()
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._ledger is not None:
             self._ledger.close()
