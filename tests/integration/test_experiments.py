@@ -1,0 +1,65 @@
+"""Every shipped experiment parses, and runs two releases through the command line on a few embedded digits."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.runs import read_json
+
+FOLDER = Path(__file__).parents[2] / "configs" / "experiment"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+
+SMALL = (
+    *("--data", "EmbeddedDigits", "--data.num_train", "100"),
+    *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--wandb", "disabled"),
+    *("--evaluation.num_samples", "20", "--evaluation.num_reference", "20", "--evaluation.classifiers", "[logistic]"),
+    *("--model.images_per_step", "10"),
+)
+SMALLER_TEACHERS = {
+    "EnergyTeachers": ("--model.pool_per_class", "5"),
+    "DiscriminatorTeachers": (
+        *("--model.teachers.num_teachers", "4", "--model.teachers.batch_size", "5"),
+        *("--model.teachers.train_steps", "1", "--model.teachers.pretrain_steps", "1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_two_releases(cli, tmp_path, path):
+    config = yaml.safe_load(path.read_text())
+    teachers = config["model"]["init_args"]["teachers"]["class_path"].rpartition(".")[2]
+    outcome = cli("fit", "--config", path, "--run_dir", tmp_path / "run", *SMALL, *SMALLER_TEACHERS[teachers])
+    assert outcome.code == 0, outcome.err
+    claim = read_json(tmp_path / "run" / "claim.json")
+    assert claim["level"] == "PROVED"
+    assert claim["num_releases"] == 2
+    assert claim["epsilon"] <= config["privacy"]["target_epsilon"]
+
+
+@pytest.mark.parametrize("mechanism", ["Gaussian", "NoPrivacy"])
+def test_another_mechanism_is_one_flag(cli, tmp_path, mechanism):
+    path = FOLDER / "datalens_mnist_cpu.yaml"
+    small = (*SMALL, *SMALLER_TEACHERS["EnergyTeachers"], "--evaluate", "false")
+    outcome = cli("fit", "--config", path, "--run_dir", tmp_path / "run", "--mechanism", mechanism, *small)
+    assert outcome.code == 0, outcome.err
+    claim = read_json(tmp_path / "run" / "claim.json")
+    assert claim["mechanism"] == mechanism
+    assert claim["level"] == ("NONPRIVATE" if mechanism == "NoPrivacy" else "PROVED")
+
+
+def test_there_are_experiments():
+    assert {path.stem for path in CONFIGS} >= {
+        "datalens_fashion_mnist",
+        "datalens_mnist",
+        "datalens_mnist_cpu",
+        "demo",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_says_what_it_is(path):
+    """A comment first, and a name that makes its run folder findable."""
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert yaml.safe_load(text)["name"] == path.stem
