@@ -27,10 +27,12 @@ from lightning_dp.accounting.events import (
     ReleaseEvent,
     Sampling,
     TernaryRelease,
+    VonMisesFisherRelease,
     ZCDPRelease,
     relation_name,
 )
 from lightning_dp.accounting.ternary import ternary_rdp
+from lightning_dp.accounting.von_mises_fisher import von_mises_fisher_rdp
 from lightning_dp.errors import ConfigurationError
 
 Accountant: TypeAlias = Literal["auto", "gaussian", "pld", "rdp"]
@@ -215,6 +217,8 @@ def _rdp(terms: Terms, delta: float, relation: NeighboringRelation) -> EpsilonRe
         notes.append("Renyi curve of the ternary output")
     if any(isinstance(event, ZCDPRelease) and sampling != _FULL for event, sampling, _ in terms):
         notes.append("no gain from sampling is used for the zCDP releases")
+    if any(isinstance(event, VonMisesFisherRelease) and sampling != _FULL for event, sampling, _ in terms):
+        notes.append("no gain from sampling is used for the von Mises-Fisher releases")
     return EpsilonResult(epsilon, "rdp", tuple(notes))
 
 
@@ -225,6 +229,8 @@ def _unit_rdp(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
         curve = np.full(len(RDP_ORDERS), np.inf)
     elif isinstance(event, TernaryRelease) and sampling == _FULL:
         curve = ternary_rdp(event, RDP_ORDERS)
+    elif isinstance(event, VonMisesFisherRelease):
+        curve = von_mises_fisher_rdp(event, RDP_ORDERS)  # unsampled: sampling never makes a release worse
     else:
         accountant = RdpAccountant(RDP_ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
         with _silent_about_skipped_orders(), np.errstate(over="ignore"):

@@ -11,11 +11,11 @@ noiseless value between two neighbours *under the stated neighbouring relation*;
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from operator import index
-from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 from dp_accounting import NeighboringRelation
 
+from lightning_dp.accounting.fields import checked_fields, plain, positive_float, whole_number
 from lightning_dp.errors import ConfigurationError
 
 RELATION_NAMES: tuple[str, ...] = ("add_or_remove_one", "replace_one", "replace_special")
@@ -58,35 +58,6 @@ def relation_name(relation: NeighboringRelation) -> str:
     return str(relation.name).lower()
 
 
-def _positive_float(owner: str, name: str, value: Any) -> float:
-    """Return value as a Python float, refusing whatever an accountant would silently misread.
-
-    The cast matters: dp-accounting drops events whose noise multiplier is an int or a numpy scalar inside a sampled
-    composition, and its RDP accountant answers 0 for NaN noise.
-    """
-    try:
-        number = float(value) if not isinstance(value, (bool, str, bytes)) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not (math.isfinite(number) and number > 0.0):
-        raise ConfigurationError(
-            f"Expected a finite {owner}.{name} > 0, got {name}={value!r}. "
-            "A release without noise is NonPrivateRelease(); nothing released is no event."
-        )
-    return number
-
-
-def _count(owner: str, name: str, value: SupportsIndex, minimum: int) -> int:
-    """Return value as an int of at least minimum; floats and booleans are refused."""
-    try:
-        number = index(value) if not isinstance(value, bool) else minimum - 1
-    except TypeError:
-        number = minimum - 1
-    if number < minimum:
-        raise ConfigurationError(f"Expected {owner}.{name} to be an integer >= {minimum}, got {name}={value!r}.")
-    return number
-
-
 @dataclass(frozen=True, kw_only=True)
 class Release:
     """Base of the events: turns them into JSON-able dictionaries and back, refusing what it does not know."""
@@ -99,7 +70,7 @@ class Release:
         Returns:
             The dictionary; `event_from_dict` inverts it exactly (floats keep every bit through JSON).
         """
-        return {"kind": self.kind} | {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {"kind": self.kind} | {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -146,10 +117,10 @@ class GaussianRelease(Release):
     def __post_init__(self) -> None:
         owner = type(self).__name__
         for name in ("noise_std", "l2_sensitivity"):
-            object.__setattr__(self, name, _positive_float(owner, name, getattr(self, name)))
+            object.__setattr__(self, name, positive_float(owner, name, getattr(self, name)))
         # the quotient of two valid floats can still overflow or vanish
-        _positive_float(owner, "noise_multiplier", self.noise_std / self.l2_sensitivity)
-        _positive_float(owner, "mu", self.l2_sensitivity / self.noise_std)
+        positive_float(owner, "noise_multiplier", self.noise_std / self.l2_sensitivity)
+        positive_float(owner, "mu", self.l2_sensitivity / self.noise_std)
 
     @property
     def noise_multiplier(self) -> float:
@@ -194,10 +165,10 @@ class TernaryRelease(GaussianRelease):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold != 0 or isinstance(self.threshold, bool):
-            object.__setattr__(self, "threshold", _positive_float("TernaryRelease", "threshold", self.threshold))
+            object.__setattr__(self, "threshold", positive_float("TernaryRelease", "threshold", self.threshold))
         else:
             object.__setattr__(self, "threshold", 0.0)
-        object.__setattr__(self, "max_abs_vote", _count("TernaryRelease", "max_abs_vote", self.max_abs_vote, 1))
+        object.__setattr__(self, "max_abs_vote", whole_number("TernaryRelease", "max_abs_vote", self.max_abs_vote, 1))
         object.__setattr__(self, "changes", _parse_changes(self.changes))
         implied = math.sqrt(max(4 * by_two + by_one for by_two, by_one in self.changes))
         # Changes that explain less than the declared sensitivity would make the Renyi curve too small.
@@ -212,7 +183,7 @@ def _parse_changes(changes: Any) -> tuple[tuple[int, int], ...]:
     """Return the alternatives as a tuple of integer pairs, none of them empty."""
     try:
         pairs = tuple(
-            (_count("TernaryRelease", "changes", two, 0), _count("TernaryRelease", "changes", one, 0))
+            (whole_number("TernaryRelease", "changes", two, 0), whole_number("TernaryRelease", "changes", one, 0))
             for two, one in changes
         )
     except (TypeError, ValueError) as error:
@@ -244,7 +215,58 @@ class ZCDPRelease(Release):
     rho: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rho", _positive_float("ZCDPRelease", "rho", self.rho))
+        object.__setattr__(self, "rho", positive_float("ZCDPRelease", "rho", self.rho))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VonMisesFisherRelease(Release):
+    """Directions with density proportional to exp(<eta, y>) on the unit sphere, eta computed from the records.
+
+    Guarantee: zero-concentrated with `rho`, pure with `pure_epsilon`, and with the Renyi curve of
+    `lightning_dp.accounting.von_mises_fisher`, which is below both.
+
+    Args:
+        distance: Largest Euclidean distance between the natural parameters of neighbours for one draw, > 0, already for
+            the stated relation (concentration times L2 sensitivity).
+        dim: Dimension of the space around the sphere, >= 2.
+        num_draws: Independent draws whose parameters one neighbouring step moves, >= 1.
+        is_centred: Every natural parameter lies within distance / 2 of zero (each draw hides one bounded row); the
+            worst pair is then opposite, and known exactly.
+
+    Raises:
+        ConfigurationError: A value is not finite or out of range.
+
+    References:
+        Weggenmann and Kerschbaum (2021); the bounds are derived in `lightning_dp.accounting.von_mises_fisher`.
+    """
+
+    kind: ClassVar[str] = "von_mises_fisher"
+    distance: float
+    dim: int
+    num_draws: int = 1
+    is_centred: bool = False
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        object.__setattr__(self, "distance", positive_float(owner, "distance", self.distance))
+        object.__setattr__(self, "dim", whole_number(owner, "dim", self.dim, 2))
+        object.__setattr__(self, "num_draws", whole_number(owner, "num_draws", self.num_draws, 1))
+        if not isinstance(self.is_centred, bool):
+            raise ConfigurationError(f"Expected {owner}.is_centred to be true or false, got {self.is_centred!r}.")
+
+    @property
+    def rho(self) -> float:
+        """Concentration parameter of the zCDP bound."""
+        return self.num_draws * self.distance * self.distance / (2 * self.dim)
+
+    @property
+    def pure_epsilon(self) -> float:
+        """Bound on the log-likelihood ratio of one release.
+
+        <eta - eta', y> is at most the distance, and so is the change of the log-normaliser, which drops out between
+        the opposite points of a ball.
+        """
+        return self.num_draws * self.distance * (1 if self.is_centred else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,10 +276,10 @@ class NonPrivateRelease(Release):
     kind: ClassVar[str] = "non_private"
 
 
-ReleaseEvent: TypeAlias = GaussianRelease | TernaryRelease | ZCDPRelease | NonPrivateRelease
+ReleaseEvent: TypeAlias = GaussianRelease | TernaryRelease | ZCDPRelease | VonMisesFisherRelease | NonPrivateRelease
 
 _EVENT_KINDS: dict[str, type[Release]] = {
-    cls.kind: cls for cls in (GaussianRelease, TernaryRelease, ZCDPRelease, NonPrivateRelease)
+    cls.kind: cls for cls in (GaussianRelease, TernaryRelease, ZCDPRelease, VonMisesFisherRelease, NonPrivateRelease)
 }
 
 
@@ -284,7 +306,7 @@ class Sampling:
                 f"Expected Sampling.scheme to be one of {', '.join(get_args(SamplingScheme))}, "
                 f"got scheme={self.scheme!r}."
             )
-        rate = _positive_float("Sampling", "rate", self.rate)
+        rate = positive_float("Sampling", "rate", self.rate)
         if rate > 1.0:
             raise ConfigurationError(
                 f"Expected 0 < Sampling.rate <= 1, got rate={rate!r}. Set the expected batch size below num_records."
@@ -319,7 +341,7 @@ class Sampling:
         Raises:
             ConfigurationError: Unknown or missing field, or an invalid value.
         """
-        return cls(**_checked_fields("sampling", cls, data))
+        return cls(**checked_fields("sampling", cls, data))
 
 
 def event_from_dict(data: Mapping[str, Any]) -> ReleaseEvent:
@@ -345,18 +367,4 @@ def event_from_dict(data: Mapping[str, Any]) -> ReleaseEvent:
         )
     cls = _EVENT_KINDS[kind]
     values = {name: value for name, value in data.items() if name != "kind"}
-    return cls(**_checked_fields(f"event of kind {kind!r}", cls, values))  # type: ignore[return-value]
-
-
-def _checked_fields(what: str, cls: type[Any], data: Any) -> dict[str, Any]:
-    """Return data as keyword arguments of a dataclass if it has exactly its fields."""
-    names = [field.name for field in fields(cls)]
-    if not isinstance(data, Mapping) or sorted(map(str, data)) != sorted(names):
-        given = sorted(map(str, data)) if isinstance(data, Mapping) else data
-        raise ConfigurationError(f"Expected the {what} to have exactly the fields {names}, got {given!r}.")
-    return {str(name): value for name, value in data.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Return nested tuples as lists, so that a dictionary equals its own JSON round trip."""
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return cls(**checked_fields(f"event of kind {kind!r}", cls, values))  # type: ignore[return-value]
