@@ -4,6 +4,7 @@ Shapes: T teachers, n of one chunk, B samples of a batch, y classes, d numbers o
 """
 
 import math
+import tempfile
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
@@ -81,6 +82,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
         betas: Of each teacher's Adam.
         train_steps: Adam steps per round, all on the same records and fakes.
         pretrain_steps: The same for the first round.
+        state_dir: Folder for parameters and moments as memory-mapped files, for ensembles larger than memory (4000
+            DataLens teachers take 27 GB); CPU only. The files are private and vanish with the process.
 
     Raises:
         ConfigurationError: A setting is out of range or unknown.
@@ -98,6 +101,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         betas: tuple[float, float] = (0.5, 0.999),
         train_steps: int = 2,
         pretrain_steps: int = 10,
+        state_dir: str | None = None,
     ) -> None:
         _require_choice("network", network, tuple(NETWORKS))
         _require_choice("backend", backend, ("auto", *BACKENDS))
@@ -118,6 +122,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.num_teachers, self.batch_size = num_teachers, batch_size
         self.learning_rate, self.betas = learning_rate, betas
         self.train_steps, self.pretrain_steps = train_steps, pretrain_steps
+        self.state_dir = state_dir
         self._parameters: Stack = {}
         self._optimizer_steps = self._rounds = 0
 
@@ -145,8 +150,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 f"batch_size={self.batch_size}. Use fewer teachers or network='small_conv'."
             )
         self._parameters = self._initial_parameters(network, seed)
-        self._exp_avg = {name: torch.zeros_like(stack) for name, stack in self._parameters.items()}
-        self._exp_avg_sq = {name: torch.zeros_like(stack) for name, stack in self._parameters.items()}
+        self._exp_avg = {name: self._zeros(stack.shape, stack.dtype) for name, stack in self._parameters.items()}
+        self._exp_avg_sq = {name: self._zeros(stack.shape, stack.dtype) for name, stack in self._parameters.items()}
         self._optimizer_steps = self._rounds = 0
         chosen = self.backend_name
         if chosen == "auto":
@@ -247,7 +252,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         """Draw each teacher's parameters from (seed, teacher) on the CPU: the same on any device, in any chunk."""
         names = dict(network.named_parameters())
         stacks = {
-            name: torch.empty(self.num_teachers, *parameter.shape, dtype=parameter.dtype, device=self._device)
+            name: self._zeros(torch.Size((self.num_teachers, *parameter.shape)), parameter.dtype)
             for name, parameter in names.items()
         }
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -257,6 +262,23 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 for name, parameter in names.items():
                     stacks[name][teacher] = parameter
         return stacks
+
+    def _zeros(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a stack of zeros, in memory or in a file that only this process can reach."""
+        if self.state_dir is None:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        if self._device.type != "cpu":
+            raise ConfigurationError(
+                f"teachers.state_dir={self.state_dir} works on a CPU only, got device={self._device}. Leave it out."
+            )
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.state_dir, prefix="teachers-") as file:
+                stack = torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype)
+        except OSError as error:
+            raise ConfigurationError(
+                f"Cannot keep teachers in teachers.state_dir={self.state_dir} ({error.strerror}). Choose another folder."
+            ) from None
+        return stack.view(shape)  # the mapping outlives the file's name
 
     def _round_batch(self, teachers: slice, fakes: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return real (n, B, ...), fake (n, B, ...) and one-hot labels (n, B, y) of one round."""

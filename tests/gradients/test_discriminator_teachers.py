@@ -277,3 +277,15 @@ def test_a_gpu_gives_what_the_cpu_gives(network, backend):
         rows = [chunk.values for chunk in teachers.row_chunks(fakes_of(labels).to(device), labels.to(device))]
         results.append(torch.cat(rows).cpu())
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-10)
+
+
+def test_state_in_files_changes_nothing_and_leaves_nothing_behind(tmp_path):
+    in_memory, in_files = (run(make_teachers("mlp", "stacked", state_dir=where)) for where in (None, str(tmp_path)))
+    for name, stack in tensors_of(in_memory).items():
+        assert torch.equal(stack, tensors_of(in_files)[name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_in_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="state_dir"):
+        make_teachers("mlp", "stacked", state_dir=str(tmp_path / "missing"))
