@@ -276,7 +276,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 stack = torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype)
         except OSError as error:
             raise ConfigurationError(
-                f"Cannot keep teachers in teachers.state_dir={self.state_dir} ({error.strerror}). Choose another folder."
+                f"Cannot keep teachers in teachers.state_dir={self.state_dir} ({error.strerror}). Choose another one."
             ) from None
         return stack.view(shape)  # the mapping outlives the file's name
 
