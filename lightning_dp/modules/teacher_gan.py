@@ -173,12 +173,14 @@ class TeacherEnsembleGAN(PrivateModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         partition = data.teacher_partition(self._num_teachers, method=self.partition, key=self.partition_key)
         shards = TeacherShards(data.train_images, data.train_labels, partition.assignment, self._num_teachers)
-        self.to(self.device)
+        # Lightning moves the module only later; the teachers are bound where it will work.
+        device = self.trainer.strategy.root_device
+        self.to(device)
         self.teachers.bind(
-            shards.to(self.device),
+            shards.to(device),
             num_classes=data.num_classes,
             image_shape=data.image_shape,
-            device=self.device,
+            device=device,
             seed=self.public_seed,
             encode=self.basis,
         )
