@@ -1,5 +1,6 @@
 """Judges what a run releases against the real test split, during or after training."""
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +12,8 @@ from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.classification import ClassificationResult
 from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult
 from lightning_dp.modules.base import PrivateModule
+
+_logger = logging.getLogger(__name__)
 
 
 class EvaluateGenerator(pl.Callback):
@@ -61,6 +64,7 @@ class EvaluateGenerator(pl.Callback):
     @rank_zero_only
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PrivateModule)
+        _logger.info("Judging what is released against the real test split ...")
         data = trainer.datamodule  # type: ignore[attr-defined]
         with torch.random.fork_rng():
             self.result = pl_module.evaluate_released(

@@ -16,6 +16,7 @@ from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 
 _logger = logging.getLogger(__name__)
+_SAMPLED_EPSILON_POINTS = 50
 
 
 class PrivacyAccountant(pl.Callback):
@@ -131,20 +132,30 @@ class PrivacyAccountant(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.epsilon = self.claim().epsilon
         metrics = {"privacy/releases": float(len(self.ledger))}
-        if self.epsilon is not None:
-            metrics["privacy/epsilon"] = self.epsilon
+        if self._is_time_to_speak():
+            self.epsilon = self.claim().epsilon
+            if self.epsilon is not None:
+                metrics["privacy/epsilon"] = self.epsilon
         pl_module.log_dict(metrics, logger=False)  # for other callbacks, rounded to float32
         # Loggers get it exactly: an epsilon may not be shown below what was proved.
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self._stop_if_spent(trainer)
 
+    def _is_time_to_speak(self) -> bool:
+        """Tell whether epsilon is computed now; where records are sampled, that can take longer than a step."""
+        if all(sampling.rate == 1.0 for _, sampling in self.ledger.counts()):
+            return True
+        done, planned = len(self.ledger), self._budget.num_releases
+        return done >= planned or done % max(1, planned // _SAMPLED_EPSILON_POINTS) == 0
+
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         last = next(reversed(self.ledger.counts()), None) if len(self.ledger) else None
         if last is not None and self._is_beyond_budget(*last):
-            _logger.info(f"All planned releases are made, or the budget is spent, after {len(self.ledger)} releases.")
+            done = len(self.ledger)
+            reason = "as planned" if done >= self._budget.num_releases else "one more would cross the budget"
+            _logger.info(f"{done} releases made, {reason}.")
             trainer.should_stop = True
 
     @override
