@@ -3,19 +3,25 @@
 from datamodules import MNIST, EmbeddedDigits, FashionMNIST
 from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.gradients.energy_teachers import EnergyTeachers
+from lightning_dp.mechanisms.adaptive import AdaptiveGaussian
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.gnmax import GNMax
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.datalens import DataLensGenerator
 from lightning_dp.networks.dct import DCTGenerator
 from lightning_dp.networks.small import MLPGenerator, SmallConvGenerator
+from lightning_dp.networks.tempered import TemperedCNN
+from lightning_dp.networks.wide_resnet import WideResNet
 
 __all__ = [
     "MNIST",
+    "AdaptiveGaussian",
     "DCTGenerator",
+    "DPSGDClassifier",
     "DataLensGenerator",
     "DiscriminatorTeachers",
     "EmbeddedDigits",
@@ -28,5 +34,7 @@ __all__ = [
     "NoPrivacy",
     "SmallConvGenerator",
     "TeacherEnsembleGAN",
+    "TemperedCNN",
     "TopAgg",
+    "WideResNet",
 ]

@@ -70,7 +70,7 @@ class Gaussian(Mechanism):
         return self._clipped(rows, self.max_grad_norm)
 
     def _clipped(self, rows: Tensor, max_norm: float) -> Tensor:
-        norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         bound = max_norm * (1 - ROUNDING_MARGIN)
         if self.clipping == "automatic":
             return rows * (bound / (norms + self.stability))

@@ -1,0 +1,200 @@
+"""DP-SGD: a classifier learns from clipped, noised sums of per-record gradients (Abadi et al. 2016, Algorithm 1)."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.evaluation.classification import ClassificationResult, evaluate_classifier
+from lightning_dp.evaluation.protocol import EvaluationProtocol
+from lightning_dp.gradients.per_record import per_record_rows, trainable_parameters
+from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.views import random_views
+from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.base import PublicFacts
+from lightning_dp.modules.records import (
+    RecordModule,
+    check_decay,
+    check_positive,
+    check_share,
+    with_cosine_schedule,
+)
+from lightning_dp.networks.classifier import Classifier
+from lightning_dp.networks.ema import ExponentialMovingAverage
+
+_VIEWS = 0  # purpose of public randomness
+
+
+class DPSGDClassifier(RecordModule):
+    """A classifier trained by DP-SGD; with another mechanism, by whatever that makes of per-record gradients.
+
+    Guarantee: a record reaches the one row that is its own gradient, averaged over its views, which the mechanism
+    bounds. Optimizer, schedule and moving average see released values only.
+
+    Args:
+        network: The network that leaves.
+        expected_batch_size: Mean number of records of a step.
+        views_per_record: Random views whose losses are averaged before a record is clipped (De et al. 2022).
+        max_shift: Largest shift of a view in pixels.
+        flip: Whether views are mirrored at random; for digits they should not be.
+        optimizer: sgd or adam, on released gradients.
+        learning_rate: First learning rate.
+        momentum: Of sgd, in [0, 1).
+        final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
+        ema_decay: Decay of the moving average that is released; 0 releases the last iterate.
+        chunk_size: Records whose gradients are held at a time.
+        public_seed: Seed of the views; not of the noise, nor of the sampling.
+
+    Raises:
+        ConfigurationError: A value is out of range or would be ignored.
+    """
+
+    def __init__(
+        self,
+        network: Classifier,
+        *,
+        expected_batch_size: float = 512,
+        views_per_record: int = 1,
+        max_shift: int = 0,
+        flip: bool = False,
+        optimizer: Literal["sgd", "adam"] = "sgd",
+        learning_rate: float = 1.0,
+        momentum: float = 0.0,
+        final_learning_rate_share: float = 1.0,
+        ema_decay: float = 0.0,
+        chunk_size: int = 64,
+        public_seed: int = 0,
+    ) -> None:
+        super().__init__(expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed)
+        check_positive(views_per_record=views_per_record, learning_rate=learning_rate)
+        check_decay(momentum=momentum, ema_decay=ema_decay)
+        check_share(final_learning_rate_share=final_learning_rate_share)
+        if max_shift < 0:
+            raise ConfigurationError(f"Expected model.max_shift >= 0, got max_shift={max_shift}.")
+        if views_per_record > 1 and not (max_shift or flip):
+            raise ConfigurationError(
+                f"model.views_per_record={views_per_record} would average equal views; set model.max_shift or flip."
+            )
+        if optimizer == "adam" and momentum:
+            raise ConfigurationError(f"model.momentum={momentum} is of sgd and would be ignored by adam; leave it out.")
+        self.network = network
+        self.average = ExponentialMovingAverage(network, decay=ema_decay) if ema_decay > 0 else None
+        self.views_per_record, self.max_shift, self.flip = views_per_record, max_shift, flip
+        self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
+        self.final_learning_rate_share = final_learning_rate_share
+
+    # Public facts ----------------------------------------------------------------------------------------------------
+
+    @override
+    def describe_data(self, data: PublicFacts) -> None:
+        super().describe_data(data)
+        if data.image_shape != self.network.image_shape or data.num_classes != self.network.num_classes:
+            raise ConfigurationError(
+                f"The classifier takes images {self.network.image_shape} of {self.network.num_classes} classes, but "
+                f"the data are {data.image_shape} of {data.num_classes}; change model.network or data."
+            )
+
+    @override
+    def contribution_spec(self) -> ContributionSpec:
+        return self.record_spec(self.network)
+
+    @override
+    def released_networks(self) -> dict[str, nn.Module]:
+        return {"classifier": self.network}
+
+    @property
+    @override
+    def makes_images(self) -> bool:
+        return False
+
+    @override
+    def released_model(self) -> Classifier:
+        """Return the classifier that is published: the average if there is one."""
+        network = self.network if self.average is None else self.average.network
+        if not isinstance(network, Classifier):
+            raise TypeError(f"Expected the average of a Classifier, got {type(network).__name__}.")
+        return network
+
+    @override
+    def evaluate_released(
+        self, test_images: Tensor, test_labels: Tensor, protocol: EvaluationProtocol, *, seed: int
+    ) -> ClassificationResult:
+        """Return the accuracy on the real test split; the protocol of samples does not apply."""
+        return evaluate_classifier(self.released_model(), test_images, test_labels)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = list(trainable_parameters(self.network).values())
+        optimizer: Optimizer
+        if self.optimizer == "adam":
+            optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        else:
+            optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
+        return with_cosine_schedule(
+            optimizer, num_steps=self.planned_releases, final_share=self.final_learning_rate_share
+        )
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        parameters = trainable_parameters(self.network).values()
+        released = self.release(self._rows(self.draw_records()), (1, sum(p.numel() for p in parameters)))
+        self.assign_released(parameters, released)
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.step()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr, call-arg]
+        if self.average is not None:
+            self.average.update(self.network)
+        self.finish_step()
+
+    def _rows(self, records: Tensor) -> Iterator[RowChunk]:
+        """Yield the gradients of records, a chunk at a time, so that few views are in memory."""
+        for ids in records.split(self.chunk_size):
+            views = self._views(self.images_of(ids), ids)
+            on_device = ids.to(self.device)
+            batch = (views, self.labels_of(ids))
+            yield from per_record_rows(
+                self.network, mean_cross_entropy, batch, chunk_size=self.chunk_size, ids=on_device
+            )
+
+    def _views(self, images: Tensor, ids: Tensor) -> Tensor:
+        if not (self.max_shift or self.flip):
+            return images.unsqueeze(1)
+        return random_views(
+            images,
+            ids=ids,
+            num_views=self.views_per_record,
+            max_shift=self.max_shift,
+            flip=self.flip,
+            seed=self.step_seed(_VIEWS),
+        )
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ema_updates"] = 0 if self.average is None else self.average.num_updates
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.average is not None:
+            self.average.num_updates = checkpoint["ema_updates"]
+
+
+def mean_cross_entropy(network: nn.Module, views: Tensor, label: Tensor) -> Tensor:
+    """Return the loss of one record: cross entropy averaged over its views.
+
+    Args:
+        network: Returns logits.
+        views: (1, K, C, H, W).
+        label: (1,).
+    """
+    logits = network(views.flatten(0, 1))  # (K, num_classes)
+    return F.cross_entropy(logits, label.expand(len(logits)))

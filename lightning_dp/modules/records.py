@@ -1,0 +1,165 @@
+"""What every method shares whose rows are Poisson-sampled records: sampler, rate, public randomness, schedule."""
+
+import math
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from lightning_dp.accounting.events import Sampling
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.gradients.per_record import row_segments
+from lightning_dp.gradients.poisson import PoissonSampler
+from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.base import PrivateModule, PublicFacts
+
+_MIX = 0x9E3779B97F4A7C15  # spreads consecutive step numbers over the seeds of keyed draws
+
+
+class RecordModule(PrivateModule):
+    """A method in which each step sees every record with the same small probability, by its own coin.
+
+    Guarantee: an absent record adds nothing to the sum, and the divisor is the public expected batch size, so a record
+    that joins moves the released sum by at most the mechanism's bound on one row. Realised batches are never counted,
+    logged, or divided by; an empty one is released like any other.
+
+    Args:
+        expected_batch_size: Mean number of records of a step, > 0; over the number of records, the sampling rate.
+        chunk_size: Records whose gradients are held at a time, >= 1; memory and speed only.
+        public_seed: Seed of what is public or belongs to a record by its id (latents, labels of fakes, views of an
+            image); not of the noise and not of the sampling. The command line sets it to seed_everything.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    def __init__(self, *, expected_batch_size: float, chunk_size: int, public_seed: int) -> None:
+        super().__init__()
+        check_positive(expected_batch_size=expected_batch_size, chunk_size=chunk_size)
+        self.expected_batch_size = expected_batch_size
+        self.chunk_size = chunk_size
+        self.public_seed = public_seed
+        self._round = 0
+        self._sampler: PoissonSampler | None = None
+
+    # Public facts ----------------------------------------------------------------------------------------------------
+
+    @override
+    def describe_data(self, data: PublicFacts) -> None:
+        super().describe_data(data)
+        if self.expected_batch_size > data.num_records:
+            raise ConfigurationError(
+                f"Expected model.expected_batch_size <= {data.num_records}, the number of records, got "
+                f"expected_batch_size={self.expected_batch_size}."
+            )
+
+    @property
+    @override
+    def sampling(self) -> Sampling:
+        return Sampling(scheme="poisson", rate=self.expected_batch_size / self.facts.num_records)
+
+    def record_spec(self, network: nn.Module) -> ContributionSpec:
+        """Describe rows that are per-record gradients of `network`."""
+        segments = row_segments(network)
+        if not segments:
+            raise ConfigurationError(f"{type(network).__name__} has no parameter to train; unfreeze some.")
+        return ContributionSpec.records(
+            expected_batch_size=self.expected_batch_size, vector_dim=sum(segments), segments=segments
+        )
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            # New coins at every start of a process: a resumed run must not sample the batches of the first again.
+            self._sampler = PoissonSampler(self.facts.num_records, self.sampling.rate, insecure_seed=self.insecure_seed)
+
+    def draw_records(self) -> Tensor:
+        """Return the private indices of the records of this step, int64 on the CPU; possibly none."""
+        if self._sampler is None:
+            raise PrivacyProtocolError("Records are drawn after setup(), which the trainer calls.")
+        return self._sampler.draw()
+
+    def images_of(self, ids: Tensor) -> Tensor:
+        """Return the images of records in [0, 1], (n, C, H, W), with device and type of the module. Private."""
+        images: Tensor = self.trainer.datamodule.train_images[ids]  # type: ignore[attr-defined]
+        return images.to(self.device).to(self.dtype) / 255
+
+    def labels_of(self, ids: Tensor) -> Tensor:
+        """Return the labels of records, int64, (n,), on the device of the module. Private."""
+        labels: Tensor = self.trainer.datamodule.train_labels[ids]  # type: ignore[attr-defined]
+        return labels.to(self.device)
+
+    def step_seed(self, purpose: int) -> int:
+        """Return the public seed of one purpose (0 to 7) in this step."""
+        return ((self.public_seed * 1_000_003 + self._round) * 8 + purpose) * _MIX % 2**63
+
+    def public_stream(self, purpose: int) -> torch.Generator:
+        """Return a generator for one purpose (0 to 7) in this step, on the CPU."""
+        return torch.Generator().manual_seed(self.step_seed(purpose))
+
+    def finish_step(self) -> None:
+        """Count the step; the last call of a training step."""
+        self._round += 1
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["round"] = self._round
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._round = checkpoint["round"]
+
+
+def with_cosine_schedule(optimizer: Optimizer, *, num_steps: int, final_share: float) -> OptimizerLRScheduler:
+    """Return the optimizer with a learning rate that falls along a half cosine to a share of itself.
+
+    Args:
+        optimizer: The optimizer.
+        num_steps: Steps of the whole run, public.
+        final_share: The last learning rate over the first, in (0, 1]; 1 keeps it.
+    """
+    last = max(1, num_steps)
+
+    def share(step: int) -> float:
+        return final_share + (1 - final_share) * (1 + math.cos(math.pi * min(step, last) / last)) / 2
+
+    return [optimizer], [LambdaLR(optimizer, share)]
+
+
+def check_positive(**values: float) -> None:
+    """Refuse options of a model that are not finite and positive.
+
+    Raises:
+        ConfigurationError: Naming the first one.
+    """
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigurationError(f"Expected a finite model.{name} > 0, got {name}={value}.")
+
+
+def check_share(**values: float) -> None:
+    """Refuse options of a model that are not in (0, 1].
+
+    Raises:
+        ConfigurationError: Naming the first one.
+    """
+    for name, value in values.items():
+        if not 0 < value <= 1:
+            raise ConfigurationError(f"Expected 0 < model.{name} <= 1, got {name}={value}.")
+
+
+def check_decay(**values: float) -> None:
+    """Refuse options of a model that are not in [0, 1).
+
+    Raises:
+        ConfigurationError: Naming the first one.
+    """
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigurationError(f"Expected 0 <= model.{name} < 1, got {name}={value}.")
