@@ -1,4 +1,4 @@
-"""What every method shares whose rows are Poisson-sampled records: sampler, rate, public randomness, schedule."""
+"""What every method shares that sees Poisson-sampled records: sampler, rate, public randomness, schedule."""
 
 import math
 from typing import Any
@@ -20,16 +20,13 @@ from lightning_dp.modules.base import PrivateModule, PublicFacts
 _MIX = 0x9E3779B97F4A7C15  # spreads consecutive step numbers over the seeds of keyed draws
 
 
-class RecordModule(PrivateModule):
+class PoissonModule(PrivateModule):
     """A method in which each step sees every record with the same small probability, by its own coin.
 
-    Guarantee: an absent record adds nothing to the sum, and the divisor is the public expected batch size, so a record
-    that joins moves the released sum by at most the mechanism's bound on one row. Realised batches are never counted,
-    logged, or divided by; an empty one is released like any other.
+    Guarantee: realised batches are never counted, logged, or divided by; an empty one is released like any other.
 
     Args:
         expected_batch_size: Mean number of records of a step, > 0; over the number of records, the sampling rate.
-        chunk_size: Records whose gradients are held at a time, >= 1; memory and speed only.
         public_seed: Seed of what is public or belongs to a record by its id (latents, labels of fakes, views of an
             image); not of the noise and not of the sampling. The command line sets it to seed_everything.
 
@@ -37,11 +34,10 @@ class RecordModule(PrivateModule):
         ConfigurationError: A value is out of range.
     """
 
-    def __init__(self, *, expected_batch_size: float, chunk_size: int, public_seed: int) -> None:
+    def __init__(self, *, expected_batch_size: float, public_seed: int) -> None:
         super().__init__()
-        check_positive(expected_batch_size=expected_batch_size, chunk_size=chunk_size)
+        check_positive(expected_batch_size=expected_batch_size)
         self.expected_batch_size = expected_batch_size
-        self.chunk_size = chunk_size
         self.public_seed = public_seed
         self._round = 0
         self._sampler: PoissonSampler | None = None
@@ -61,15 +57,6 @@ class RecordModule(PrivateModule):
     @override
     def sampling(self) -> Sampling:
         return Sampling(scheme="poisson", rate=self.expected_batch_size / self.facts.num_records)
-
-    def record_spec(self, network: nn.Module) -> ContributionSpec:
-        """Describe rows that are per-record gradients of `network`."""
-        segments = row_segments(network)
-        if not segments:
-            raise ConfigurationError(f"{type(network).__name__} has no parameter to train; unfreeze some.")
-        return ContributionSpec.records(
-            expected_batch_size=self.expected_batch_size, vector_dim=sum(segments), segments=segments
-        )
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -114,6 +101,36 @@ class RecordModule(PrivateModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._round = checkpoint["round"]
+
+
+class RecordModule(PoissonModule):
+    """A Poisson-sampled method whose rows are per-record gradients.
+
+    Guarantee: an absent record adds nothing to the sum, and the divisor is the public expected batch size, so a record
+    that joins moves the released sum by at most the mechanism's bound on one row.
+
+    Args:
+        expected_batch_size: See `PoissonModule`.
+        chunk_size: Records whose gradients are held at a time, >= 1; memory and speed only.
+        public_seed: See `PoissonModule`.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    def __init__(self, *, expected_batch_size: float, chunk_size: int, public_seed: int) -> None:
+        super().__init__(expected_batch_size=expected_batch_size, public_seed=public_seed)
+        check_positive(chunk_size=chunk_size)
+        self.chunk_size = chunk_size
+
+    def record_spec(self, network: nn.Module) -> ContributionSpec:
+        """Describe rows that are per-record gradients of `network`."""
+        segments = row_segments(network)
+        if not segments:
+            raise ConfigurationError(f"{type(network).__name__} has no parameter to train; unfreeze some.")
+        return ContributionSpec.records(
+            expected_batch_size=self.expected_batch_size, vector_dim=sum(segments), segments=segments
+        )
 
 
 def with_cosine_schedule(optimizer: Optimizer, *, num_steps: int, final_share: float) -> OptimizerLRScheduler:
