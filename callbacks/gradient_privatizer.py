@@ -224,4 +224,7 @@ def run_summary(privatizer: GradientPrivatizer) -> dict[str, Any]:
             "vectors_per_release": plan.spec.vectors_per_row,
             "vector_dim": plan.spec.vector_dim,
         }
+        statements = mechanism.other_statements(plan)
+        if statements and privatizer.accountant.privacy.insecure_seed is None:
+            summary["other_statements"] = list(statements)
     return summary

@@ -8,6 +8,7 @@ from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.gnmax import GNMax
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import LowFrequencyDCT
@@ -36,5 +37,6 @@ __all__ = [
     "TeacherEnsembleGAN",
     "TemperedCNN",
     "TopAgg",
+    "VonMisesFisher",
     "WideResNet",
 ]

@@ -63,15 +63,21 @@ class NoiseSource:
         """
         if not (np.isfinite(std) and std >= 0):
             raise ValueError(f"Expected a finite noise std >= 0, got std={std}. Check privacy.noise_multiplier.")
-        draw = self._generator(release_number, leaf).standard_normal(shape)
+        draw = self.generator(release_number=release_number, leaf=leaf).standard_normal(shape)
         return torch.from_numpy(np.asarray(draw * std))
+
+    def generator(self, *, release_number: int, leaf: str) -> np.random.Generator:
+        """Return a fresh generator for one part of one release; the same part must not be drawn twice.
+
+        Args:
+            release_number: The number that the ledger gave to this release.
+            leaf: Name of the part of the release.
+        """
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(self._key(release_number, leaf), "big")))
 
     def coin_seed(self, *, release_number: int, block: int) -> int:
         """Return a 63-bit seed for the coins of one block of teachers in one release."""
         return int.from_bytes(self._key(release_number, f"coins:{block}")[:8], "big") >> 1
-
-    def _generator(self, release_number: int, leaf: str) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(self._key(release_number, leaf), "big")))
 
     def _key(self, release_number: int, leaf: str) -> bytes:
         name = f"{release_number}/{leaf}".encode()

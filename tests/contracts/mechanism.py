@@ -16,7 +16,9 @@ from lightning_dp.mechanisms.noise import NoiseSource
 RELATIONS = list(NeighboringRelation)
 
 
-def context(num_rows: int, *, release_number: int = 1, seed: int = 0, ids: torch.Tensor | None = None) -> EncodeContext:
+def context(
+    num_rows: int, *, release_number: int = 1, seed: int | None = 0, ids: torch.Tensor | None = None
+) -> EncodeContext:
     return EncodeContext(
         release_number=release_number,
         public_seed=3,
