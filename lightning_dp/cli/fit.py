@@ -21,7 +21,7 @@ from callbacks import (
 )
 from callbacks.run_folder import GRID_FILE
 from datamodules import ImageDataModule
-from lightning_dp.accounting.settings import PrivacySettings
+from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import one_line
 from lightning_dp.errors import ConfigurationError
@@ -117,21 +117,10 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Plan the run from public facts, build callbacks, loggers and the trainer, then make the run folder."""
-        options, config = self.config_init, self.config
-        accountant = PrivacyAccountant(privacy=options.privacy)
-        self.model.public_seed = self.seed
-        privatizer = GradientPrivatizer(
-            mechanism=options.mechanism,
-            accountant=accountant,
-            public_seed=self.seed,
-            raw_telemetry=options.telemetry.raw,
-        )
-        # Contradictory settings end here, before a record is read or a folder is made.
-        max_steps = options.trainer.max_steps
-        privatizer.plan_run(self.model, self.datamodule, None if max_steps < 0 else max_steps)
-        _refuse_own(options.trainer)
+        options = self.config_init
+        privatizer, _ = self.plan_privacy()
         self.run_dir, self._ckpt_path = resolve_run(options.name, options.run_dir, options.ckpt_path)
-        plain = yaml.safe_load(self.parser.dump(config, skip_none=False))
+        plain = self.resolved()
         own = self._callbacks(privatizer, plain)
         given: dict[str, Any] = {"callbacks": [*(options.trainer.callbacks or []), *own], "logger": False}
         if options.trainer.logger is not False:
@@ -148,6 +137,32 @@ class FitCLI(LightningCLI):
         make_run_dir(self.run_dir)
         (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
         return trainer
+
+    def plan_privacy(self) -> tuple[GradientPrivatizer, PrivacyBudget]:
+        """Fix noise and length from public facts: contradictory settings end here, before a record is read.
+
+        Returns: The planned mechanism and accountant, and what was decided.
+
+        Raises:
+            ConfigurationError: Settings that do not fit together, or a pair without a proof.
+        """
+        options = self.config_init
+        self.model.public_seed = self.seed
+        privatizer = GradientPrivatizer(
+            mechanism=options.mechanism,
+            accountant=PrivacyAccountant(privacy=options.privacy),
+            public_seed=self.seed,
+            raw_telemetry=options.telemetry.raw,
+        )
+        max_steps = options.trainer.max_steps
+        budget = privatizer.plan_run(self.model, self.datamodule, None if max_steps < 0 else max_steps)
+        _refuse_own(options.trainer)
+        return privatizer, budget
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the configuration with every default filled in, as plain values."""
+        plain: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        return plain
 
     def _callbacks(self, privatizer: GradientPrivatizer, config: dict[str, Any]) -> list[Callback]:
         options, accountant = self.config_init, privatizer.accountant
