@@ -26,6 +26,9 @@ from lightning_dp.modules.published import save_released
 CLAIM_FILE = "claim.json"
 GRID_FILE = "samples.png"
 RELEASE_FOLDER = "release"
+LEDGER_FILE = "ledger.jsonl"
+PRIVATE_FOLDER = "private"
+LAST_CHECKPOINT = "last.ckpt"
 _PACKAGES = ("lightning-dp", "torch", "pytorch-lightning", "dp-accounting", "torchmetrics", "numpy")
 _CURVE_POINTS = 60
 

@@ -19,7 +19,7 @@ from callbacks import (
     RunFolder,
     SampleGrid,
 )
-from callbacks.run_folder import GRID_FILE
+from callbacks.run_folder import GRID_FILE, LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
 from datamodules import ImageDataModule
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
@@ -30,10 +30,7 @@ from lightning_dp.evaluation.report import RunCard
 from lightning_dp.mechanisms.base import Mechanism
 from lightning_dp.modules.base import PrivateModule
 
-LEDGER_FILE = "ledger.jsonl"
 CONFIG_FILE = "config.yaml"
-PRIVATE_FOLDER = "private"
-LAST_CHECKPOINT = "last.ckpt"
 
 ROOTS: dict[str, type] = {"mechanism": Mechanism, "model": PrivateModule, "data": ImageDataModule}
 """Flags that name a class, and what it must be."""
