@@ -26,7 +26,6 @@ from lightning_dp.modules.records import (
     with_cosine_schedule,
 )
 from lightning_dp.networks.classifier import Classifier
-from lightning_dp.networks.ema import ExponentialMovingAverage
 
 _VIEWS = 0  # purpose of public randomness
 
@@ -71,9 +70,11 @@ class DPSGDClassifier(RecordModule):
         chunk_size: int = 64,
         public_seed: int = 0,
     ) -> None:
-        super().__init__(expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed)
+        super().__init__(
+            expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed, ema_decay=ema_decay
+        )
         check_positive(views_per_record=views_per_record, learning_rate=learning_rate)
-        check_decay(momentum=momentum, ema_decay=ema_decay)
+        check_decay(momentum=momentum)
         check_share(final_learning_rate_share=final_learning_rate_share)
         if max_shift < 0:
             raise ConfigurationError(f"Expected model.max_shift >= 0, got max_shift={max_shift}.")
@@ -84,7 +85,7 @@ class DPSGDClassifier(RecordModule):
         if optimizer == "adam" and momentum:
             raise ConfigurationError(f"model.momentum={momentum} is of sgd and would be ignored by adam; leave it out.")
         self.network = network
-        self.average = ExponentialMovingAverage(network, decay=ema_decay) if ema_decay > 0 else None
+        self.keep_average(network)
         self.views_per_record, self.max_shift, self.flip = views_per_record, max_shift, flip
         self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
         self.final_learning_rate_share = final_learning_rate_share
@@ -116,10 +117,7 @@ class DPSGDClassifier(RecordModule):
     @override
     def released_model(self) -> Classifier:
         """Return the classifier that is published: the average if there is one."""
-        network = self.network if self.average is None else self.average.network
-        if not isinstance(network, Classifier):
-            raise TypeError(f"Expected the average of a Classifier, got {type(network).__name__}.")
-        return network
+        return self.averaged(self.network)
 
     @override
     def evaluate_released(
@@ -144,17 +142,10 @@ class DPSGDClassifier(RecordModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        parameters = trainable_parameters(self.network).values()
-        released = self.release(self._rows(self.draw_records()), (1, sum(p.numel() for p in parameters)))
-        self.assign_released(parameters, released)
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr, call-arg]
-        if self.average is not None:
-            self.average.update(self.network)
-        self.finish_step()
+        self.train_on_release(self.network)
 
-    def _rows(self, records: Tensor) -> Iterator[RowChunk]:
+    @override
+    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
         """Yield the gradients of records, a chunk at a time, so that few views are in memory."""
         for ids in records.split(self.chunk_size):
             views = self._views(self.images_of(ids), ids)
@@ -175,17 +166,6 @@ class DPSGDClassifier(RecordModule):
             flip=self.flip,
             seed=self.step_seed(_VIEWS),
         )
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["ema_updates"] = 0 if self.average is None else self.average.num_updates
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.average is not None:
-            self.average.num_updates = checkpoint["ema_updates"]
 
 
 def mean_cross_entropy(network: nn.Module, views: Tensor, label: Tensor) -> Tensor:

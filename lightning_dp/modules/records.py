@@ -1,7 +1,9 @@
 """What every method shares that sees Poisson-sampled records: sampler, rate, public randomness, schedule."""
 
 import math
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -12,10 +14,14 @@ from typing_extensions import override
 
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
-from lightning_dp.gradients.per_record import row_segments
+from lightning_dp.gradients.per_record import row_segments, trainable_parameters
 from lightning_dp.gradients.poisson import PoissonSampler
+from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.networks.ema import ExponentialMovingAverage
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _MIX = 0x9E3779B97F4A7C15  # spreads consecutive step numbers over the seeds of keyed draws
 
@@ -29,16 +35,21 @@ class PoissonModule(PrivateModule):
         expected_batch_size: Mean number of records of a step, > 0; over the number of records, the sampling rate.
         public_seed: Seed of what is public or belongs to a record by its id (latents, labels of fakes, views of an
             image); not of the noise and not of the sampling. The command line sets it to seed_everything.
+        ema_decay: Decay of the moving average of what is published, in [0, 1); 0 keeps none.
 
     Raises:
         ConfigurationError: A value is out of range.
     """
 
-    def __init__(self, *, expected_batch_size: float, public_seed: int) -> None:
+    def __init__(self, *, expected_batch_size: float, public_seed: int, ema_decay: float = 0.0) -> None:
         super().__init__()
         check_positive(expected_batch_size=expected_batch_size)
+        check_decay(ema_decay=ema_decay)
         self.expected_batch_size = expected_batch_size
         self.public_seed = public_seed
+        self.ema_decay = ema_decay
+        self.average: ExponentialMovingAverage | None = None
+        self._followed: Callable[[], nn.Module]
         self._round = 0
         self._sampler: PoissonSampler | None = None
 
@@ -57,6 +68,18 @@ class PoissonModule(PrivateModule):
     @override
     def sampling(self) -> Sampling:
         return Sampling(scheme="poisson", rate=self.expected_batch_size / self.facts.num_records)
+
+    # The moving average ----------------------------------------------------------------------------------------------
+
+    def keep_average(self, network: nn.Module) -> None:
+        """Keep a moving average of a network that will be published, if one was asked for; call once it is built."""
+        if self.ema_decay > 0:
+            self.average = ExponentialMovingAverage(network, decay=self.ema_decay)
+            self._followed = lambda: network  # not an attribute: its parameters would be listed twice
+
+    def averaged(self, network: Network) -> Network:
+        """Return the moving average of `network`, or the network itself where none is kept."""
+        return network if self.average is None else cast(Network, self.average.network)
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -91,16 +114,21 @@ class PoissonModule(PrivateModule):
         return torch.Generator().manual_seed(self.step_seed(purpose))
 
     def finish_step(self) -> None:
-        """Count the step; the last call of a training step."""
+        """Move the average and count the step; the last call of a training step."""
+        if self.average is not None:
+            self.average.update(self._followed())
         self._round += 1
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["round"] = self._round
+        checkpoint["ema_updates"] = 0 if self.average is None else self.average.num_updates
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._round = checkpoint["round"]
+        if self.average is not None:
+            self.average.num_updates = checkpoint["ema_updates"]
 
 
 class RecordModule(PoissonModule):
@@ -113,13 +141,16 @@ class RecordModule(PoissonModule):
         expected_batch_size: See `PoissonModule`.
         chunk_size: Records whose gradients are held at a time, >= 1; memory and speed only.
         public_seed: See `PoissonModule`.
+        ema_decay: See `PoissonModule`.
 
     Raises:
         ConfigurationError: A value is out of range.
     """
 
-    def __init__(self, *, expected_batch_size: float, chunk_size: int, public_seed: int) -> None:
-        super().__init__(expected_batch_size=expected_batch_size, public_seed=public_seed)
+    def __init__(
+        self, *, expected_batch_size: float, chunk_size: int, public_seed: int, ema_decay: float = 0.0
+    ) -> None:
+        super().__init__(expected_batch_size=expected_batch_size, public_seed=public_seed, ema_decay=ema_decay)
         check_positive(chunk_size=chunk_size)
         self.chunk_size = chunk_size
 
@@ -131,6 +162,25 @@ class RecordModule(PoissonModule):
         return ContributionSpec.records(
             expected_batch_size=self.expected_batch_size, vector_dim=sum(segments), segments=segments
         )
+
+    @abstractmethod
+    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
+        """Yield the rows of a batch.
+
+        Args:
+            records: Private indices, int64 on the CPU, (n,); n may be 0. A record's row must not depend on which
+                others are among them.
+        """
+
+    def train_on_release(self, network: nn.Module) -> None:
+        """Make the release of this step, and let the optimizer take it as the gradient of `network`."""
+        parameters = trainable_parameters(network).values()
+        rows = self.record_rows(self.draw_records())
+        self.assign_released(parameters, self.release(rows, (1, sum(p.numel() for p in parameters))))
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.step()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr, call-arg]
+        self.finish_step()
 
 
 def with_cosine_schedule(optimizer: Optimizer, *, num_steps: int, final_share: float) -> OptimizerLRScheduler:

@@ -15,7 +15,7 @@ def clean_sum(module, data, ids: torch.Tensor, mechanism: Mechanism) -> torch.Te
     module.describe_data(data)
     spec = module.contribution_spec()
     total = torch.zeros(spec.num_vectors, mechanism.encoded_dim(spec), dtype=mechanism.total_dtype)
-    for chunk in module._rows(ids):
+    for chunk in module.record_rows(ids):
         context = EncodeContext(
             release_number=1, public_seed=0, noise=NoiseSource(insecure_seed=0), row_ids=chunk.teacher_ids
         )
