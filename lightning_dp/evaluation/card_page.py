@@ -104,7 +104,17 @@ def render_page(card: Mapping[str, Any], *, sample_grid: bytes | None = None) ->
         _groups(card),
         _config(card["config"]),
     ]
-    return _PAGE.format(title=escape(card["title"]), style=_STYLE, body="\n".join(part for part in body if part))
+    return html_page(card["title"], "\n".join(part for part in body if part))
+
+
+def html_page(title: str, body: str) -> str:
+    """Return a complete HTML document in the house style.
+
+    Args:
+        title: Text; escaped here.
+        body: HTML; its values escaped by the caller.
+    """
+    return _PAGE.format(title=escape(title), style=_STYLE, body=body)
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
