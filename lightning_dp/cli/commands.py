@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_dp.cli.messages import nearest
-from lightning_dp.cli.parsing import check_class_names, one_line, parse
+from lightning_dp.cli.parsing import check_class_names, check_config_files, one_line, parse
 from lightning_dp.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def fit(arguments: list[str]) -> int:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     check_class_names(arguments, ROOTS)
+    check_config_files(arguments)
     cli = FitCLI(arguments)
     card = cli.run()
     console = Console()

@@ -4,8 +4,10 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_dp.cli.messages import explain, subclass_names, unknown_class
@@ -32,11 +34,45 @@ def check_class_names(arguments: list[str], roots: Mapping[str, type]) -> None:
             raise ConfigurationError(unknown_class(flag, value, base))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Loads YAML and refuses a key that stands twice in one mapping: the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key != "<<" and key in seen:
+                where = key_node.start_mark
+                raise ConfigurationError(
+                    f"{where.name}, line {where.line + 1}: {key!r} twice; the first would be ignored. Keep one of them."
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def check_config_files(arguments: list[str]) -> None:
+    """Refuse configuration files that hold a setting twice.
+
+    Args:
+        arguments: The command line.
+
+    Raises:
+        ConfigurationError: One does. Files that cannot be read at all are left to the parser.
+    """
+    for flag, value in _flag_values(arguments):
+        if flag == "config" and Path(value).is_file():
+            try:
+                with Path(value).open(encoding="utf-8") as file:
+                    yaml.load(file, Loader=_UniqueKeys)
+            except (yaml.YAMLError, UnicodeDecodeError, OSError):
+                continue
+
+
 def _flag_values(arguments: list[str]) -> Iterable[tuple[str, str]]:
     for index, argument in enumerate(arguments):
-        if not argument.startswith("--"):
+        if not argument.startswith("--") and argument != "-c":
             continue
-        flag, _, value = argument[2:].partition("=")
+        flag, _, value = ("config", "", "") if argument == "-c" else argument[2:].partition("=")
         if not value and index + 1 < len(arguments):
             value = arguments[index + 1]
         yield flag, value

@@ -14,14 +14,17 @@ from tests.cli.runs import TINY, changed
 
 MISTAKES = {
     # names
-    "mechanism": (["--mechanism", "TopAg"], ["Gaussian, NoPrivacy, TopAgg", "Did you mean TopAgg?"]),
-    "mechanism=": (["--mechanism=gausian"], ["Gaussian, NoPrivacy, TopAgg", "Did you mean Gaussian?"]),
-    "mechanism.class_path": (["--mechanism.class_path", "TopAg"], ["choose from Gaussian", "Did you mean TopAgg?"]),
+    "mechanism": (["--mechanism", "TopAg"], ["choose from", "NoPrivacy", "Did you mean TopAgg?"]),
+    "mechanism=": (["--mechanism=gausian"], ["choose from", "NoPrivacy", "Did you mean Gaussian?"]),
+    "mechanism.class_path": (["--mechanism.class_path", "TopAg"], ["choose from", "Gaussian", "Did you mean TopAgg?"]),
     "mechanism by path": (["--mechanism", "lightning_dp.mechanisms.topagg.TopAg"], ["choose from", "mean TopAgg?"]),
-    "mechanism null": (["--mechanism", "null"], ["choose from Gaussian, NoPrivacy, TopAgg"]),
-    "mechanism of another kind": (["--mechanism", "EnergyTeachers"], ["choose from Gaussian, NoPrivacy, TopAgg"]),
+    "mechanism null": (["--mechanism", "null"], ["choose from", "Gaussian", "NoPrivacy", "TopAgg"]),
+    "mechanism of another kind": (
+        ["--mechanism", "EnergyTeachers"],
+        ["choose from", "Gaussian", "NoPrivacy", "TopAgg"],
+    ),
     "model": (["--model", "TeacherEnsembleGA"], ["TeacherEnsembleGAN", "Did you mean TeacherEnsembleGAN?"]),
-    "data": (["--data", "EmbededDigits"], ["EmbeddedDigits, FashionMNIST, MNIST", "Did you mean EmbeddedDigits?"]),
+    "data": (["--data", "EmbededDigits"], ["EmbeddedDigits", "FashionMNIST", "Did you mean EmbeddedDigits?"]),
     "teachers": (["--model.teachers", "EnergyTeacher"], ["--model.teachers", "Did you mean EnergyTeachers?"]),
     "generator": (["--model.generator", "DCTGenerato"], ["MLPGenerator", "Did you mean DCTGenerator?"]),
     "basis": (["--model.basis", "LowFreqDCT"], ["Did you mean LowFrequencyDCT?"]),
@@ -101,16 +104,16 @@ def test_a_mistake_on_the_command_line(fit, tmp_path, monkeypatch, flags, words)
 
 
 IN_THE_FILE = {
-    "mechanism misspelt": ("mechanism/class_path", "TopAg", ["Gaussian, NoPrivacy, TopAgg", "mean TopAgg?"]),
-    "mechanism misspelt, short": ("mechanism", "NoPrivaci", ["Gaussian, NoPrivacy", "Did you mean NoPrivacy?"]),
-    "mechanism missing": ("mechanism", ..., ["Missing: mechanism (Gaussian, NoPrivacy, TopAgg)", "--mechanism"]),
-    "mechanism null": ("mechanism", None, ["Missing: mechanism (Gaussian, NoPrivacy, TopAgg)"]),
+    "mechanism misspelt": ("mechanism/class_path", "TopAg", ["choose from", "Gaussian", "mean TopAgg?"]),
+    "mechanism misspelt, short": ("mechanism", "NoPrivaci", ["choose from", "Gaussian", "Did you mean NoPrivacy?"]),
+    "mechanism missing": ("mechanism", ..., ["Missing: mechanism (", "NoPrivacy, TopAgg", "--mechanism"]),
+    "mechanism null": ("mechanism", None, ["Missing: mechanism (", "Gaussian", "NoPrivacy"]),
     "mechanism under another key": ("mechanizm", {"class_path": "TopAgg"}, ["'mechanizm", "Did you mean mechanism?"]),
     "mechanism's option beside init_args": ("mechanism/top_k", 3, ["mechanism", "class_path", "init_args"]),
     "mechanism's option": ("mechanism/init_args/topk", 3, ["'topk' of TopAgg", "Did you mean top_k?"]),
-    "model misspelt": ("model/class_path", "TeacherGAN", ["choose from TeacherEnsembleGAN"]),
+    "model misspelt": ("model/class_path", "TeacherGAN", ["choose from", "Did you mean TeacherEnsembleGAN?"]),
     "model missing": ("model", ..., ["Missing: model", "TeacherEnsembleGAN"]),
-    "data misspelt": ("data/class_path", "MNISST", ["EmbeddedDigits, FashionMNIST, MNIST", "Did you mean MNIST?"]),
+    "data misspelt": ("data/class_path", "MNISST", ["EmbeddedDigits", "FashionMNIST", "Did you mean MNIST?"]),
     "nested option": ("model/init_args/teachers/init_args", {"num_teacher": 3}, ["Did you mean num_teachers?"]),
     "teachers missing": ("model/init_args/teachers", ..., ["Missing: model.teachers"]),
     "relation missing": ("privacy/neighboring_relation", ..., ["Missing: privacy.neighboring_relation"]),
@@ -151,6 +154,23 @@ def test_a_configuration_that_is_none(cli, tmp_path, content, words):
     line = cli("fit", "--config", file).error()
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize("path", ["mechanism", "privacy", "mechanism/init_args"])
+def test_a_setting_given_twice_is_refused(cli, tmp_path, path):
+    """YAML would keep the last one and drop the other without a word."""
+    file, last, lines = tmp_path / "config.yaml", path.rpartition("/")[2], TINY.read_text().splitlines()
+    if path == "mechanism":
+        lines.insert(lines.index("mechanism:"), "mechanism: NoPrivacy")
+    elif path == "privacy":
+        lines += ["privacy:", "  neighboring_relation: replace_one", "  target_epsilon: 100"]
+    else:
+        lines.insert(lines.index("mechanism:") + 1, "  init_args: {top_k: 2}")
+    file.write_text("\n".join(lines))
+    for flag in (["--config", file], [f"--config={file}"], ["-c", file]):
+        line = cli("fit", *flag).error()
+        assert f"'{last}' twice" in line
+        assert "config.yaml, line" in line
 
 
 COMMANDS = {
