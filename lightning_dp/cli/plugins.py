@@ -11,16 +11,23 @@ from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
+from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.datalens import DataLensGenerator
 from lightning_dp.networks.dct import DCTGenerator
 from lightning_dp.networks.small import MLPGenerator, SmallConvGenerator
 from lightning_dp.networks.tempered import TemperedCNN
+from lightning_dp.networks.vae import ConvDecoder, ConvEncoder, CosineDecoder, CosineEncoder
 from lightning_dp.networks.wide_resnet import WideResNet
 
 __all__ = [
+    "DPVAE",
     "MNIST",
     "AdaptiveGaussian",
+    "ConvDecoder",
+    "ConvEncoder",
+    "CosineDecoder",
+    "CosineEncoder",
     "DCTGenerator",
     "DPSGDClassifier",
     "DataLensGenerator",

@@ -1,0 +1,152 @@
+"""DP-VAE: a variational autoencoder trained on per-record gradients; its decoder is what leaves."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.per_record import per_record_rows, trainable_parameters
+from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.losses.elbo import bernoulli_nll, gaussian_nll, kl_to_standard_normal
+from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.mechanisms.keyed import keyed_normal
+from lightning_dp.modules.base import PublicFacts
+from lightning_dp.modules.records import RecordModule, check_positive, check_share, with_cosine_schedule
+from lightning_dp.networks.vae import Autoencoder, VAEDecoder, VAEEncoder
+
+_LATENT = 0  # purpose of randomness that belongs to records
+
+
+class DPVAE(RecordModule):
+    """A variational autoencoder whose every step is one release of summed per-record gradients.
+
+    The loss of a record is -E[log p(x | z, y)] + kl_weight * KL(q(z | x, y) || N(0, I)), with its own draws of z.
+    Plain, beta (kl_weight) and conditional (encoder and decoder told the label) autoencoders are options.
+
+    Guarantee: a record reaches the one row that is the gradient of its own loss, over encoder and decoder together. A
+    term over several records (an aggregated posterior, a total correlation, MMD) would reach every row of the batch,
+    and cannot be written here. The decoder is published; the encoder is covered as well, and stays.
+
+    Args:
+        encoder: Encoder; frozen parameters are not trained.
+        decoder: Decoder, the generator that leaves.
+        expected_batch_size: Mean number of records of a step.
+        draws_per_record: Latents drawn for a record, averaged before it is clipped.
+        kl_weight: beta; 1 is the evidence lower bound.
+        likelihood: bernoulli treats gray values as means of bits; gaussian has a fixed standard deviation.
+        pixel_std: Standard deviation of a pixel under the gaussian likelihood.
+        learning_rate: Adam's learning rate on released gradients.
+        betas: Adam's betas.
+        final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
+        ema_decay: Decay of the moving average of the decoder that is released; 0 releases the last iterate.
+        chunk_size: Records whose gradients are held at a time.
+        public_seed: Seed of the latents of records; not of the noise, nor of the sampling.
+
+    Raises:
+        ConfigurationError: A value is out of range, or encoder and decoder do not fit.
+    """
+
+    def __init__(
+        self,
+        encoder: VAEEncoder,
+        decoder: VAEDecoder,
+        *,
+        expected_batch_size: float = 2048,
+        draws_per_record: int = 1,
+        kl_weight: float = 1.0,
+        likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
+        pixel_std: float = 0.2,
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        final_learning_rate_share: float = 1.0,
+        ema_decay: float = 0.0,
+        chunk_size: int = 64,
+        public_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed, ema_decay=ema_decay
+        )
+        check_positive(draws_per_record=draws_per_record, learning_rate=learning_rate, pixel_std=pixel_std)
+        check_share(final_learning_rate_share=final_learning_rate_share)
+        if not 0 <= kl_weight < float("inf"):
+            raise ConfigurationError(f"Expected a finite model.kl_weight >= 0, got kl_weight={kl_weight}.")
+        self.autoencoder = Autoencoder(encoder, decoder)
+        self.keep_average(decoder)
+        self.draws_per_record, self.kl_weight = draws_per_record, kl_weight
+        self.likelihood, self.pixel_std = likelihood, pixel_std
+        self.learning_rate, self.betas = learning_rate, betas
+        self.final_learning_rate_share = final_learning_rate_share
+
+    # Public facts ----------------------------------------------------------------------------------------------------
+
+    @override
+    def describe_data(self, data: PublicFacts) -> None:
+        super().describe_data(data)
+        decoder = self.autoencoder.decoder
+        if data.image_shape != decoder.image_shape or data.num_classes != decoder.num_classes:
+            raise ConfigurationError(
+                f"The decoder makes images {decoder.image_shape} of {decoder.num_classes} classes, but the data are "
+                f"{data.image_shape} of {data.num_classes}; change model.encoder and model.decoder, or data."
+            )
+
+    @override
+    def contribution_spec(self) -> ContributionSpec:
+        return self.record_spec(self.autoencoder)
+
+    @override
+    def released_networks(self) -> dict[str, nn.Module]:
+        return {"autoencoder": self.autoencoder}
+
+    @override
+    def released_generator(self) -> VAEDecoder:
+        """Return the decoder that is sampled and published: the average if there is one."""
+        return self.averaged(self.autoencoder.decoder)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = list(trainable_parameters(self.autoencoder).values())
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas)
+        return with_cosine_schedule(
+            optimizer, num_steps=self.planned_releases, final_share=self.final_learning_rate_share
+        )
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.train_on_release(self.autoencoder)
+
+    @override
+    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
+        shape = (self.draws_per_record, self.autoencoder.decoder.latent_dim)
+        for ids in records.split(self.chunk_size):
+            images, labels = self.images_of(ids), self.labels_of(ids)
+            on_device = ids.to(self.device)
+            # Keyed by the record, so that one that joins or leaves changes nobody else's draws.
+            draws = keyed_normal(torch.Size((len(ids), *shape)), seed=self.step_seed(_LATENT), row_ids=on_device)
+            batch = (images, labels, draws.to(images))
+            yield from per_record_rows(
+                self.autoencoder, self.record_loss, batch, chunk_size=self.chunk_size, ids=on_device
+            )
+
+    def record_loss(self, network: nn.Module, image: Tensor, label: Tensor, draws: Tensor) -> Tensor:
+        """Return the loss of one record, averaged over its draws.
+
+        Args:
+            network: The autoencoder.
+            image: (1, C, H, W), in [0, 1].
+            label: (1,).
+            draws: Standard normal draws, (1, K, m).
+        """
+        mean, log_variance = network.encoder(image, label)  # type: ignore[operator]
+        latent = mean + (0.5 * log_variance).exp() * draws[0]  # (K, m)
+        logits = network.decoder.logits(latent, label.expand(len(latent)))  # type: ignore[union-attr, operator]
+        if self.likelihood == "bernoulli":
+            misfit = bernoulli_nll(logits, image)
+        else:
+            misfit = gaussian_nll(logits, image, std=self.pixel_std)
+        return misfit.mean() + self.kl_weight * kl_to_standard_normal(mean, log_variance).sum()
