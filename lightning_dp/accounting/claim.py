@@ -255,6 +255,17 @@ def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> P
     )
 
 
+def ledger_level(ledger: PrivacyLedger) -> ClaimLevel:
+    """Return the level that a claim from this ledger has, without composing anything.
+
+    Args:
+        ledger: The ledger of a run, whose header says what its claim rests on.
+    """
+    header, counts = ledger.header, ledger.counts()
+    assumed = [*header.get("unverified", ()), *_sampler(counts, executed=False)]
+    return _level(counts, assumed, header.get("conditional_on", ()))
+
+
 def _check_agreement(ledger: PrivacyLedger, relation: NeighboringRelation, unit: str) -> None:
     """Refuse to speak of a relation or a unit for which the ledger's sensitivities were not computed."""
     if relation is not ledger.relation or unit != ledger.unit:

@@ -1,0 +1,229 @@
+"""Runs a comparison: plans every cell, runs what is missing in processes of their own, records what became of each."""
+
+import fcntl
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+import yaml
+
+from callbacks.run_folder import LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.benchmark.backends import Backend, Task, last_words
+from lightning_dp.benchmark.grid import Cell, Grid, merge
+from lightning_dp.benchmark.plan import CellPlan, Planner, request_key
+from lightning_dp.benchmark.records import (
+    CellRecord,
+    finished_card,
+    finished_record,
+    open_record,
+    write_records,
+)
+from lightning_dp.errors import ConfigurationError
+
+RUNS_FOLDER = "runs"
+_REQUESTS_FOLDER = "requests"
+_LOGS_FOLDER = "logs"
+_LOCK_FILE = ".lock"
+_INTERRUPTED = 130  # exit code of the command line on Ctrl-C
+
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+
+
+class Reporter(Protocol):
+    """Shows how a comparison gets on."""
+
+    def planned(self, cell: Cell, plan: CellPlan | None, record: CellRecord, index: int, total: int) -> None:
+        """Tell what will become of a cell: refused, finished before, or waiting."""
+
+    def started(self, task: Task, run_dir: Path, num_releases: int, *, resumed: bool) -> None:
+        """Tell that a run began."""
+
+    def ended(self, record: CellRecord) -> None:
+        """Tell how a run ended."""
+
+    def tick(self) -> None:
+        """Called a few times a second while runs are going on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A cell that has to run."""
+
+    cell: Cell
+    plan: CellPlan
+    key: str
+    run_dir: Path
+    resumes: bool
+
+
+class Comparison:
+    """The cells of a grid and the folder in which their runs live.
+
+    A run folder is named after its cell and its resolved request, so a changed request gets a new one and what the
+    old one spent stays on record.
+
+    Args:
+        grid: The grid.
+        folder: The comparison's folder; made if missing, continued if not.
+        planner: Plans a request as the command line would, without data.
+        wandb: W&B mode of every run; None leaves it to the configurations.
+        threads: Threads of one run.
+
+    Attributes:
+        records: One record per cell, in the grid's order.
+    """
+
+    def __init__(
+        self, grid: Grid, folder: Path, *, planner: Planner, wandb: WandbMode | None = None, threads: int = 1
+    ) -> None:
+        self.grid = grid
+        self.folder = folder.resolve()
+        self.records: dict[str, CellRecord] = {}
+        self._planner = planner
+        self._wandb = wandb
+        self._threads = threads
+        self._jobs: list[_Job] = []
+
+    def plan(self, reporter: Reporter) -> None:
+        """Calibrate the noise of every cell, and refuse those that cannot be, before anything runs."""
+        (self.folder / _REQUESTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        self.records, self._jobs = {}, []
+        cells = self.grid.cells()
+        for index, cell in enumerate(cells, start=1):
+            planned = self._plan(cell)
+            if planned is not None:
+                cell, plan, record = planned
+                self.records[cell.id] = record
+                reporter.planned(cell, plan, record, index, len(cells))
+        write_records(self.folder, self.records.values())
+
+    def _plan(self, cell: Cell) -> tuple[Cell, CellPlan | None, CellRecord] | None:
+        """Return a cell with its plan and first record; None for a run without privacy that is there already."""
+        request = self._write_request(cell)
+        try:
+            plan = self._planner(request)
+        except ConfigurationError as error:
+            return cell, None, open_record(cell, "refused", reason=" ".join(str(error).split()))
+        except Exception as error:  # a constructor's bug ends one cell, not the comparison
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            return cell, None, open_record(cell, "refused", reason=reason)
+        if not plan.is_private:
+            request.unlink()
+            cell = cell.without_epsilon()
+            if cell.id in self.records:
+                return None
+            self._write_request(cell)
+        return cell, plan, self._find(cell, plan)
+
+    def _find(self, cell: Cell, plan: CellPlan) -> CellRecord:
+        """Return the record of a cell whose run may be there already; queue it where it is not."""
+        try:
+            job, record = self._look_up(cell, plan)
+        except ConfigurationError as error:
+            return open_record(cell, "failed", plan=plan, reason=str(error))
+        if job is not None:
+            self._jobs.append(job)
+        return record
+
+    def _look_up(self, cell: Cell, plan: CellPlan) -> tuple[_Job | None, CellRecord]:
+        key = request_key(plan.resolved)
+        for attempt in itertools.count(1):
+            again = f"-attempt{attempt}" if attempt > 1 else ""
+            run_dir = self.folder / RUNS_FOLDER / f"{cell.id}-{key}{again}"
+            waiting = open_record(cell, "waiting", plan=plan)
+            if not (run_dir / LEDGER_FILE).exists():
+                return _Job(cell=cell, plan=plan, key=key, run_dir=run_dir, resumes=False), waiting
+            if (card := finished_card(run_dir, key)) is not None:
+                return None, finished_record(cell, card, run_dir, self.folder)
+            if _can_go_on(run_dir, plan):
+                return _Job(cell=cell, plan=plan, key=key, run_dir=run_dir, resumes=True), waiting
+        raise AssertionError("itertools.count ends")
+
+    def run(self, backend: Backend, reporter: Reporter) -> None:
+        """Run the cells that `plan` queued; a failed one is recorded and the others go on.
+
+        Raises:
+            KeyboardInterrupt: After the running cells were interrupted and recorded; the same call goes on later.
+        """
+        queue = deque(self._jobs)
+        running: dict[str, _Job] = {}
+        with self._locked():
+            try:
+                while queue or running:
+                    while queue and len(running) < backend.slots:
+                        job = queue.popleft()
+                        task = self._task(job)
+                        backend.start(task)
+                        running[task.name] = job
+                        reporter.started(task, job.run_dir, job.plan.num_releases, resumed=job.resumes)
+                    for task, code in backend.collect():
+                        self._end(running.pop(task.name), task, code, reporter)
+                    reporter.tick()
+            except KeyboardInterrupt:
+                backend.interrupt()
+                for job in running.values():
+                    self._note(open_record(job.cell, "interrupted", plan=job.plan), reporter)
+                raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
+
+    def _end(self, job: _Job, task: Task, code: int, reporter: Reporter) -> None:
+        try:
+            card = finished_card(job.run_dir, job.key) if code == 0 else None
+        except ConfigurationError as error:
+            return self._note(open_record(job.cell, "failed", plan=job.plan, reason=str(error)), reporter)
+        if card is not None:
+            return self._note(finished_record(job.cell, card, job.run_dir, self.folder), reporter)
+        reason = last_words(task, code)
+        if code == 0:
+            reason = f"it ended well, but {job.run_dir} holds no card of it: can every node see that folder?"
+        status: Literal["failed", "interrupted"] = "interrupted" if code == _INTERRUPTED else "failed"
+        return self._note(open_record(job.cell, status, plan=job.plan, reason=reason), reporter)
+
+    def _note(self, record: CellRecord, reporter: Reporter) -> None:
+        self.records[record.cell] = record
+        write_records(self.folder, self.records.values())
+        reporter.ended(record)
+
+    def _task(self, job: _Job) -> Task:
+        arguments = ["fit", "--config", str(self._request_file(job.cell)), "--run_dir", str(job.run_dir)]
+        return Task(
+            name=job.cell.id,
+            arguments=(*arguments, *(("--ckpt_path", "last") if job.resumes else ())),
+            folder=Path.cwd(),
+            log=self.folder / _LOGS_FOLDER / job.cell.id,
+            threads=self._threads,
+        )
+
+    def _write_request(self, cell: Cell) -> Path:
+        """Write the configuration that `fit` will be given, and return its file."""
+        shown: dict[str, Any] = {"trainer": {"enable_progress_bar": False}}
+        if self._wandb is not None:
+            shown["wandb"] = self._wandb
+        path = self._request_file(cell)
+        path.write_text(yaml.safe_dump(merge(cell.config, shown), sort_keys=False), encoding="utf-8")
+        return path
+
+    def _request_file(self, cell: Cell) -> Path:
+        return self.folder / _REQUESTS_FOLDER / f"{cell.id}.yaml"
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[str]]:
+        """Keep a second process from running the same comparison."""
+        with (self.folder / _LOCK_FILE).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigurationError(
+                    f"Another process runs the comparison in {self.folder}. Wait for it, or give another --out."
+                ) from None
+            yield file
+
+
+def _can_go_on(run_dir: Path, plan: CellPlan) -> bool:
+    """Tell whether an unfinished run can still end: all spent, and nothing kept of it, cannot."""
+    checkpoint = run_dir / PRIVATE_FOLDER / LAST_CHECKPOINT
+    return checkpoint.exists() or len(PrivacyLedger.read(run_dir / LEDGER_FILE)) < plan.num_releases
