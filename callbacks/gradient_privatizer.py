@@ -1,6 +1,8 @@
 """Attaches a mechanism to a method: checks the trainer, fixes the plan, opens the door."""
 
 import logging
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -71,7 +73,14 @@ class GradientPrivatizer(pl.Callback):
             return priced.step_event(plan)
 
         spec.alternatives(settings.relation)
+        if not self.mechanism.is_private and settings.target_epsilon is None and settings.noise_multiplier is None:
+            settings = replace(settings, noise_multiplier=1.0)  # nothing reads it: max_steps alone is the length
         budget = resolve_budget(settings, make_event=make_event, sampling=module.sampling, max_steps=max_steps)
+        if self.mechanism.is_private and not math.isfinite(budget.epsilon):
+            raise ConfigurationError(
+                f"privacy.noise_multiplier={budget.noise_multiplier:g} is so small that no finite epsilon holds. "
+                "Raise it, or use --mechanism NoPrivacy."
+            )
         self.plan = ReleasePlan(spec=spec, relation=settings.relation, noise_multiplier=budget.noise_multiplier)
         return budget
 
@@ -178,10 +187,10 @@ class GradientPrivatizer(pl.Callback):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} would mix releases; "
                 "set it to 1. Rows are chunked inside one release."
             )
-        if str(trainer.precision).startswith("16"):
+        if str(trainer.precision) not in ("32-true", "bf16-mixed"):
             raise ConfigurationError(
-                f"trainer.precision={trainer.precision} scales losses and skips steps on overflow, which depends on "
-                "data without noise. Use 32-true or bf16-mixed."
+                f"Expected trainer.precision 32-true or bf16-mixed, got precision={trainer.precision}. (fp16 scales "
+                "losses and skips steps on overflow, which depends on data without noise.)"
             )
         if trainer.world_size > 1:
             raise ConfigurationError(

@@ -104,6 +104,8 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a mistake is one line."""
         one_line(lambda: super(FitCLI, self).parse_arguments(parser, args), ROOTS, parser)
+        if not 0 <= int(self.config.seed_everything) < 2**32:
+            raise ConfigurationError(f"Expected 0 <= seed_everything < 2**32, got {self.config.seed_everything}.")
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is one line."""
@@ -119,7 +121,7 @@ class FitCLI(LightningCLI):
         self.run_dir, self._ckpt_path = resolve_run(options.name, options.run_dir, options.ckpt_path)
         plain = self.resolved()
         own = self._callbacks(privatizer, plain)
-        given: dict[str, Any] = {"callbacks": [*(options.trainer.callbacks or []), *own], "logger": False}
+        given: dict[str, Any] = {"callbacks": [*_given_callbacks(options.trainer), *own], "logger": False}
         if options.trainer.logger is not False:
             given["logger"] = make_loggers(
                 self.run_dir,
@@ -144,6 +146,7 @@ class FitCLI(LightningCLI):
             ConfigurationError: Settings that do not fit together, or a pair without a proof.
         """
         options = self.config_init
+        _refuse_own(options.trainer)
         self.model.public_seed = self.seed
         privatizer = GradientPrivatizer(
             mechanism=options.mechanism,
@@ -153,7 +156,6 @@ class FitCLI(LightningCLI):
         )
         max_steps = options.trainer.max_steps
         budget = privatizer.plan_run(self.model, self.datamodule, None if max_steps < 0 else max_steps)
-        _refuse_own(options.trainer)
         return privatizer, budget
 
     def resolved(self) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def make_run_dir(folder: Path) -> None:
 
 def _refuse_own(trainer: Any) -> None:
     """Refuse trainer settings that the command line makes itself, or would have to ignore."""
-    for callback in trainer.callbacks or []:
+    for callback in _given_callbacks(trainer):
         if isinstance(callback, GradientPrivatizer | PrivacyAccountant):
             raise ConfigurationError(
                 f"trainer.callbacks holds a {type(callback).__name__}; --mechanism and --privacy already make one."
@@ -275,5 +277,20 @@ def _refuse_own(trainer: Any) -> None:
             "trainer.max_epochs, min_epochs and min_steps fight with the budget, which is planned in releases: leave "
             "them out and set --trainer.max_steps."
         )
+    if trainer.max_steps == 0 or trainer.max_steps < -1:
+        raise ConfigurationError(
+            f"Expected trainer.max_steps >= 1 releases (or -1: as many as the budget holds), got {trainer.max_steps}."
+        )
+    if trainer.enable_checkpointing is False or trainer.barebones:
+        raise ConfigurationError(
+            "trainer.enable_checkpointing=false and trainer.barebones leave no way to resume, so a crash would waste "
+            "the budget; leave them out (--checkpoint_every sets how often)."
+        )
     if trainer.logger not in (None, True, False):
         raise ConfigurationError("trainer.logger is made by --wandb and the run folder; leave it out, or set false.")
+
+
+def _given_callbacks(trainer: Any) -> list[Callback]:
+    """Return the user's own callbacks; one alone need not stand in a list."""
+    given = trainer.callbacks or []
+    return [given] if isinstance(given, Callback) else list(given)

@@ -78,11 +78,24 @@ MISTAKES = {
     "nothing given": (["--privacy.target_epsilon", "null"], ["--privacy.target_epsilon or --privacy.noise_multiplier"]),
     "no length": (["--trainer.max_steps", "-1"], ["add --trainer.max_steps", "--privacy.noise_multiplier"]),
     "epochs": (["--trainer.max_epochs", "3"], ["--trainer.max_steps"]),
+    "no steps": (["--trainer.max_steps", "0"], ["trainer.max_steps >= 1", "got 0"]),
+    "noise without a bound": (
+        ["--privacy.noise_multiplier", "1e-200", "--privacy.target_epsilon", "null"],
+        ["noise_multiplier=1e-200", "no finite epsilon"],
+    ),
     "min_steps": (["--trainer.min_steps", "30"], ["--trainer.max_steps"]),
     # what would spoil the guarantee, or be ignored
     "gradient clipping": (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val=1", "leave it out"]),
     "accumulation": (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "set it to 1"]),
     "devices": (["--trainer.devices", "2"], ["Expected one process, got 2"]),
+    "double precision": (["--trainer.precision", "64-true"], ["trainer.precision 32-true or bf16-mixed"]),
+    "no checkpoints": (["--trainer.enable_checkpointing", "false"], ["no way to resume", "--checkpoint_every"]),
+    "barebones": (["--trainer.barebones", "true"], ["no way to resume"]),
+    "seed": (["--seed_everything", "-1"], ["0 <= seed_everything < 2**32", "-1"]),
+    "option of a callback": (
+        ["--trainer.callbacks", "{class_path: callbacks.SampleGrid, init_args: {path: x, per_class: 0}}"],
+        ["per_class"],
+    ),
     "logger": (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x"], ["trainer.logger", "leave it out"]),
     "accelerator": (["--trainer.accelerator", "gpux"], ["gpux", "cpu"]),
     # resuming

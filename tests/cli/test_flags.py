@@ -67,6 +67,11 @@ class TestNoPrivacy:
         page = (tmp_path / "run" / "run_card.html").read_text()
         assert "epsilon" not in page.replace("&quot;target_epsilon&quot;", "")
 
+    def test_max_steps_alone_is_its_length(self, fit, tmp_path):
+        nothing = ("--privacy.target_epsilon", "null", "--trainer.max_steps", "3")
+        assert fit("--mechanism", "NoPrivacy", *nothing, *QUICK).code == 0
+        assert len(events_of(tmp_path / "run")) == 3
+
     def test_without_noise_it_is_reproducible(self, fit, tmp_path):
         weights = []
         for name in ("a", "b"):
@@ -157,6 +162,11 @@ class TestRest:
         assert again.code == 0
         released = "release/generator.safetensors"
         assert (tmp_path / "again" / released).read_bytes() == (tmp_path / "run" / released).read_bytes()
+
+    def test_callbacks_of_the_user(self, fit, tmp_path):
+        """One alone need not stand in a list; its learning rate is public."""
+        assert fit("--trainer.callbacks", "LearningRateMonitor", "--trainer.max_steps", "2", *QUICK).code == 0
+        assert any("lr-Adam" in name for row in read_metrics(tmp_path / "run") for name in row)
 
     def test_seed_everything_is_the_public_seed(self, fit, tmp_path):
         weights = []
