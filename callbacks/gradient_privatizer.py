@@ -203,7 +203,13 @@ def _refuse_coupled_records(module: PrivateModule) -> None:
     """Refuse layers that mix the records of a batch where each record is bounded by itself."""
     if module.contribution_spec().kind != "record":
         return
-    coupled = [name for name, layer in module.named_modules() if isinstance(layer, _BATCH_NORMS)]
+    # Networks that never see a record (a generator that learns from a released critic) may mix their own fakes.
+    coupled = [
+        f"{part}.{name}"
+        for part, network in module.released_networks().items()
+        for name, layer in network.named_modules()
+        if isinstance(layer, _BATCH_NORMS)
+    ]
     if coupled:
         raise ConfigurationError(
             "Batch normalisation couples the records of a batch, so per-record clipping bounds nothing: "

@@ -9,18 +9,21 @@ from lightning_dp.mechanisms.gnmax import GNMax
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
+from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.datalens import DataLensGenerator
+from lightning_dp.networks.dcgan import DCGANCritic, DCGANGenerator
 from lightning_dp.networks.dct import DCTGenerator
-from lightning_dp.networks.small import MLPGenerator, SmallConvGenerator
+from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator, SmallConvDiscriminator, SmallConvGenerator
 from lightning_dp.networks.tempered import TemperedCNN
 from lightning_dp.networks.vae import ConvDecoder, ConvEncoder, CosineDecoder, CosineEncoder
 from lightning_dp.networks.wide_resnet import WideResNet
 
 __all__ = [
+    "DPGAN",
     "DPVAE",
     "MNIST",
     "AdaptiveGaussian",
@@ -28,6 +31,8 @@ __all__ = [
     "ConvEncoder",
     "CosineDecoder",
     "CosineEncoder",
+    "DCGANCritic",
+    "DCGANGenerator",
     "DCTGenerator",
     "DPSGDClassifier",
     "DataLensGenerator",
@@ -38,8 +43,10 @@ __all__ = [
     "GNMax",
     "Gaussian",
     "LowFrequencyDCT",
+    "MLPDiscriminator",
     "MLPGenerator",
     "NoPrivacy",
+    "SmallConvDiscriminator",
     "SmallConvGenerator",
     "TeacherEnsembleGAN",
     "TemperedCNN",

@@ -113,9 +113,9 @@ class PoissonModule(PrivateModule):
         """Return a generator for one purpose (0 to 7) in this step, on the CPU."""
         return torch.Generator().manual_seed(self.step_seed(purpose))
 
-    def finish_step(self) -> None:
-        """Move the average and count the step; the last call of a training step."""
-        if self.average is not None:
+    def finish_step(self, *, with_average: bool = True) -> None:
+        """Move the average (if what it follows has moved) and count the step; the last call of a training step."""
+        if self.average is not None and with_average:
             self.average.update(self._followed())
         self._round += 1
 

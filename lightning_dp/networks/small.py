@@ -126,6 +126,7 @@ class SmallConvGenerator(_PixelGenerator):
                 f"Expected height and width divisible by 4 for the small conv generator, got "
                 f"image_shape={image_shape}. Resize or pad the images, or choose the MLP generator."
             )
+        self.width = width
         self._map_shape = (width, height // 4, width_px // 4)
         self.fc0 = nn.Linear(latent_dim + num_classes, math.prod(self._map_shape))
         self.norm0 = nn.GroupNorm(1, width)
@@ -154,6 +155,7 @@ class MLPGenerator(_PixelGenerator):
         self, image_shape: tuple[int, int, int], num_classes: int, latent_dim: int = 32, width: int = 128
     ) -> None:
         super().__init__(image_shape, num_classes, latent_dim)
+        self.width = width
         self.hidden0 = nn.Linear(latent_dim + num_classes, width)
         self.hidden1 = nn.Linear(width, width)
         self.head = nn.Linear(width, math.prod(image_shape))

@@ -67,3 +67,11 @@ def test_sizes_and_shapes_that_cannot_work_are_refused():
 def test_mlp_discriminator_takes_vectors():
     judge = MLPDiscriminator((64,), 10)
     assert judge(torch.rand(2, 64), F.one_hot(torch.tensor([0, 1]), 10).float()).shape == (2,)
+
+
+@pytest.mark.parametrize("build", [SmallConvGenerator, MLPGenerator])
+def test_generators_can_be_rebuilt_from_their_options(build):
+    generator = build((1, 8, 8), num_classes=2, latent_dim=3, width=4)
+    again = build(**generator.options())
+    again.load_state_dict(generator.state_dict())
+    assert torch.equal(generator.sample(4, seed=0)[0], again.sample(4, seed=0)[0])

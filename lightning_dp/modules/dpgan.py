@@ -1,0 +1,192 @@
+"""DP-GAN: a critic trained on clipped, noised per-record gradients, and a generator that learns from it for free."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.per_record import per_record_rows, trainable_parameters
+from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.base import PublicFacts
+from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
+from lightning_dp.modules.records import RecordModule, check_positive
+from lightning_dp.networks.discriminator import Discriminator
+from lightning_dp.networks.generator import Generator
+from lightning_dp.networks.vae import one_hot
+
+# Purposes of public randomness; each has a stream of its own.
+_CRITIC_FAKES, _GENERATOR_FAKES = range(2)
+
+
+class DPGAN(RecordModule):
+    """The recipe of Bie et al. (2023): many critic steps, few generator steps, and fewer still when noise demands it.
+
+    A training step is one critic step: the released mean of the clipped gradients of records, and the mean of equally
+    clipped gradients of public fakes, half of each. After enough of them, the generator takes one non-saturating step
+    against the critic.
+
+    Guarantee: only critic steps see records, each record in the one row that is its own gradient. Fakes are public, so
+    their half costs nothing; generator, schedule and moving average are computed from the released critic alone.
+
+    Differs: the fakes' gradients are added after the noise instead of before it, which is the same sum.
+
+    Args:
+        generator: The generator that leaves.
+        critic: The critic; it is private by its training, and stays.
+        expected_batch_size: Mean number of records of a critic step.
+        fakes_per_step: Fakes of a critic step and of a generator step; null takes the expected batch size.
+        critic_ladder: Critic steps for each generator step; a single number fixes it, a rising list is climbed.
+        threshold: Climb when the critic's averaged accuracy on fakes is at most this.
+        grace: Generator steps on a rung before the next may be reached.
+        learning_rate: Adam's learning rate for the critic.
+        generator_learning_rate: Adam's learning rate for the generator; null takes that of the critic.
+        betas: Adam's betas for both.
+        ema_decay: Decay of the moving average of the generator that is released; 0 releases the last iterate.
+        chunk_size: Records whose gradients are held at a time.
+        public_seed: Seed of latents and labels; not of the noise, nor of the sampling.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        critic: Discriminator,
+        *,
+        expected_batch_size: float = 512,
+        fakes_per_step: int | None = None,
+        critic_ladder: tuple[int, ...] = LADDER,
+        threshold: float = 0.6,
+        grace: int = 200,
+        learning_rate: float = 2e-4,
+        generator_learning_rate: float | None = None,
+        betas: tuple[float, float] = (0.5, 0.999),
+        ema_decay: float = 0.0,
+        chunk_size: int = 64,
+        public_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed, ema_decay=ema_decay
+        )
+        self.num_fakes = fakes_per_step if fakes_per_step is not None else max(1, round(expected_batch_size))
+        self.generator_learning_rate = learning_rate if generator_learning_rate is None else generator_learning_rate
+        check_positive(
+            fakes_per_step=self.num_fakes,
+            learning_rate=learning_rate,
+            generator_learning_rate=self.generator_learning_rate,
+        )
+        self.generator = generator
+        self.critic = critic
+        self.keep_average(generator)
+        self.schedule = CriticSchedule(ladder=tuple(critic_ladder), threshold=threshold, grace=grace)
+        self.learning_rate, self.betas = learning_rate, betas
+
+    # Public facts ----------------------------------------------------------------------------------------------------
+
+    @override
+    def describe_data(self, data: PublicFacts) -> None:
+        super().describe_data(data)
+        if data.image_shape != self.generator.image_shape or data.num_classes != self.generator.num_classes:
+            raise ConfigurationError(
+                f"The generator makes images {self.generator.image_shape} of {self.generator.num_classes} classes, but "
+                f"the data are {data.image_shape} of {data.num_classes}; change model.generator or data."
+            )
+
+    @override
+    def contribution_spec(self) -> ContributionSpec:
+        return self.record_spec(self.critic)
+
+    @override
+    def released_networks(self) -> dict[str, nn.Module]:
+        """Return the critic, the one network that learns from records; the generator learns from it alone."""
+        return {"critic": self.critic}
+
+    @override
+    def released_generator(self) -> Generator:
+        """Return the generator that is sampled and published: the average if there is one."""
+        return self.averaged(self.generator)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = list(trainable_parameters(self.critic).values())
+        groups = self.generator.parameter_groups(self.generator_learning_rate)
+        return [
+            torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas),
+            torch.optim.Adam(groups, lr=self.generator_learning_rate, betas=self.betas),
+        ]
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        critic, generator = self.optimizers()  # type: ignore[misc, attr-defined]
+        parameters = trainable_parameters(self.critic).values()
+        shape = (1, sum(parameter.numel() for parameter in parameters))
+        released = self.release(self.record_rows(self.draw_records()), shape)
+        of_fakes = self.reference(self._fake_rows(), shape, number=released.number, num_rows=self.num_fakes)
+        self.assign_released(parameters, released.map(lambda of_records: (of_records + of_fakes) / 2))
+        critic.step()
+        is_due = self.schedule.after_critic_step()
+        if is_due:
+            # The inner optimizer: Lightning's would count the step, and end the run before its last release.
+            self._train_generator(generator.optimizer)
+        self.finish_step(with_average=is_due)
+
+    @override
+    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
+        for ids in records.split(self.chunk_size):
+            batch = (self.images_of(ids), self.labels_of(ids))
+            on_device = ids.to(self.device)
+            yield from per_record_rows(
+                self.critic, self._loss_of_record, batch, chunk_size=self.chunk_size, ids=on_device
+            )
+
+    def _loss_of_record(self, critic: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        """Return -log of the probability that the critic gives to "real", of one image (1, C, H, W)."""
+        return F.softplus(-critic(image, one_hot(label, self.generator.num_classes))).sum()
+
+    def _loss_of_fake(self, critic: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        """Return -log of the probability that the critic gives to "fake", of one image (1, C, H, W)."""
+        return F.softplus(critic(image, one_hot(label, self.generator.num_classes))).sum()
+
+    def _fake_rows(self) -> Iterator[RowChunk]:
+        """Yield the critic's gradients at public fakes: public rows."""
+        with torch.no_grad():
+            fakes, labels = self._fakes(_CRITIC_FAKES)
+        return per_record_rows(self.critic, self._loss_of_fake, (fakes, labels), chunk_size=self.chunk_size)
+
+    def _fakes(self, purpose: int) -> tuple[Tensor, Tensor]:
+        """Return fakes with uniform labels; public, as latents and labels are, and the generator."""
+        stream = self.public_stream(purpose)
+        labels = torch.randint(self.generator.num_classes, (self.num_fakes,), generator=stream).to(self.device)
+        return self.generator(self.generator.sample_latent(self.num_fakes, stream), labels), labels
+
+    def _train_generator(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take one generator step against the critic, which is released: no record is seen."""
+        fakes, labels = self._fakes(_GENERATOR_FAKES)
+        logits = self.critic(fakes, one_hot(labels, self.generator.num_classes))
+        self.schedule.before_generator_step((logits < 0).float().mean().item())
+        parameters = [parameter for parameter in self.generator.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(F.softplus(-logits).mean(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        self.log("public/critic_steps", float(self.schedule.critic_steps))
+        self.log("public/fake_accuracy", float(self.schedule.fake_accuracy or 0.0))
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["critic_schedule"] = self.schedule.state_dict()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.schedule.load_state_dict(checkpoint["critic_schedule"])
