@@ -12,37 +12,76 @@ from lightning_dp.gradients.teachers import Encoder, FakeSource, RowChunk, RowSt
 from lightning_dp.losses.energy import unit_directions
 
 
-class DirectionChunk(RowChunk):
-    """Rows that are unit vectors from points to targets, computed when they are asked for. Private.
+class PublicShapes:
+    """Targets and points of one release, whole, and the same in another basis, computed once.
 
-    A change of basis is applied to targets and points, which are far fewer than their pairs.
+    A matrix product rounds a row in a way that depends on how many rows there are. Here that is the public number of
+    records, whatever their labels. Cut by class first, and a record that changes its label moves the last bits of
+    other records, whose signs may follow. So: rotate all, then select.
 
     Args:
-        teacher_ids: int64, (n,).
-        queries: The images that the points stand for.
-        targets: (n, d). Private where they are records.
-        points: (q, d).
+        targets: (N, d), in record order. Private where they are records.
+        points: (B, d), public.
     """
 
-    _targets: Tensor
-    _points: Tensor
+    def __init__(self, targets: Tensor, points: Tensor) -> None:
+        self._own = (targets, points)
+        self._basis: Tensor | None = None
+        self._rotated = self._own
 
-    def __init__(self, teacher_ids: Tensor, queries: slice, *, targets: Tensor, points: Tensor) -> None:
-        # The base class is frozen; `values` is computed here instead of being kept.
-        for name, value in (("teacher_ids", teacher_ids), ("queries", queries)):
+    def within(self, basis: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return targets and points in a basis, (d, d); in their own if it is None."""
+        if basis is None:
+            return self._own
+        if self._basis is not basis:
+            targets, points = self._own
+            rotation = basis.to(targets)
+            self._basis, self._rotated = basis, (targets @ rotation, points @ rotation)
+        return self._rotated
+
+
+class DirectionChunk(RowChunk):
+    """Unit vectors from some points to some targets, computed when they are asked for; means over each teacher's own.
+
+    Args:
+        teacher_ids: Teacher of each target, int64, (n,), sorted.
+        queries: The points that are judged.
+        shapes: All targets and points of the release.
+        selected: Positions of the n targets among all, (n,).
+        is_mean: Whether a teacher's targets make one row (their mean direction) instead of a row each.
+    """
+
+    _owners: Tensor
+    _shapes: PublicShapes
+    _selected: Tensor
+    _is_mean: bool
+
+    def __init__(
+        self, teacher_ids: Tensor, queries: slice, *, shapes: PublicShapes, selected: Tensor, is_mean: bool
+    ) -> None:
+        # The base class is frozen; `values` is computed instead of being kept.
+        ids = torch.unique_consecutive(teacher_ids) if is_mean else teacher_ids
+        fields = {"teacher_ids": ids, "queries": queries, "_owners": teacher_ids, "_shapes": shapes}
+        for name, value in {**fields, "_selected": selected, "_is_mean": is_mean}.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "_targets", targets)
-        object.__setattr__(self, "_points", points)
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """The rows, (n, q, d)."""
-        return unit_directions(self._targets, self._points)
+        return self._rows(None)
 
     @override
     def in_basis(self, basis: Tensor) -> Tensor:
-        rotation = basis.to(self._targets)
-        return unit_directions(self._targets @ rotation, self._points @ rotation)
+        return self._rows(basis)
+
+    def _rows(self, basis: Tensor | None) -> Tensor:
+        targets, points = self._shapes.within(basis)
+        rows = unit_directions(targets[self._selected], points[self.queries])
+        if not self._is_mean:
+            return rows
+        _, index, counts = torch.unique_consecutive(self._owners, return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(counts), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        return sums.index_add_(0, index, rows) / counts[:, None, None]
 
 
 class EnergyTeachers(TeacherEnsemble):
@@ -68,7 +107,8 @@ class EnergyTeachers(TeacherEnsemble):
         self.is_single_record = num_teachers is None
         self.num_teachers = num_teachers or 0
         self.chunk_size = chunk_size
-        self._records: list[Tensor] = []
+        self._records = torch.empty(0)
+        self._positions: list[Tensor] = []
         self._owners: list[Tensor] = []
 
     @override
@@ -88,13 +128,14 @@ class EnergyTeachers(TeacherEnsemble):
                 "set teachers.num_teachers for larger shards."
             )
         self.num_teachers = shards.num_teachers
-        native = torch.cat([_encode(part, encode) for part in shards.images.split(4096)]).to(device)  # (N, d)
+        # In parts of a public size, in record order (see PublicShapes).
+        self._records = torch.cat([_encode(part, encode) for part in shards.images.split(4096)]).to(device)  # (N, d)
         labels, owners = shards.labels.to(device), shards.assignment.to(device)
-        self._records, self._owners = [], []
+        self._positions, self._owners = [], []
         for label in range(num_classes):
             (mine,) = torch.nonzero(labels == label, as_tuple=True)
             order = mine[torch.argsort(owners[mine], stable=True)]
-            self._records.append(native[order].contiguous())
+            self._positions.append(order)
             self._owners.append(owners[order].contiguous())
 
     @override
@@ -103,14 +144,19 @@ class EnergyTeachers(TeacherEnsemble):
 
     @override
     def row_chunks(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
-        flat = fakes.flatten(1)
-        for label, (records, owners) in enumerate(zip(self._records, self._owners, strict=True)):
+        shapes = PublicShapes(self._records, fakes.flatten(1))
+        for label, (positions, owners) in enumerate(zip(self._positions, self._owners, strict=True)):
             queries = _block_of(labels, label)
-            if queries is None or len(records) == 0:
+            if queries is None:
                 continue
             for part in self._parts(owners):
-                chunk = DirectionChunk(owners[part], queries, targets=records[part], points=flat[queries])
-                yield chunk if self.is_single_record else _mean_per_teacher(chunk.values, owners[part], queries)
+                yield DirectionChunk(
+                    owners[part],
+                    queries,
+                    shapes=shapes,
+                    selected=positions[part],
+                    is_mean=not self.is_single_record,
+                )
 
     def _parts(self, owners: Tensor) -> Iterator[slice]:
         """Cut records, sorted by teacher, into chunks that never split a teacher."""
@@ -149,10 +195,3 @@ def _block_of(labels: Tensor, label: int) -> slice | None:
     if last - first + 1 != len(where):
         raise ConfigurationError("Expected the labels of a class-wise batch to be sorted; got fakes of a label apart.")
     return slice(first, last + 1)
-
-
-def _mean_per_teacher(rows: Tensor, owners: Tensor, queries: slice) -> RowChunk:
-    teachers, index, counts = torch.unique(owners, return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(teachers), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-    sums.index_add_(0, index, rows)
-    return RowChunk(teacher_ids=teachers, values=sums / counts[:, None, None], queries=queries)

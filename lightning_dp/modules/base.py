@@ -16,7 +16,7 @@ from lightning_dp.evaluation.classification import ClassificationResult
 from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult, evaluate_samples
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.release import Released, ReleaseSession
+from lightning_dp.modules.release import PublicRows, Released, ReleaseSession
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.releasable import ReleasableNetwork
 
@@ -164,13 +164,11 @@ class PrivateModule(pl.LightningModule, ABC):
             raise PrivacyProtocolError(_NO_PRIVATIZER)
         return self._session.release(chunks, shape, self.device)
 
-    def reference(
-        self, public_chunks: Iterable[RowChunk], shape: tuple[int, int], *, number: int, num_rows: int
-    ) -> Tensor:
+    def reference(self, rows: PublicRows, shape: tuple[int, int], *, number: int, num_rows: int) -> Tensor:
         """Pass public rows through the encoding of release `number`, without noise (see `ReleaseSession.reference`)."""
         if self._session is None:
             raise PrivacyProtocolError(_NO_PRIVATIZER)
-        return self._session.reference(public_chunks, shape, self.device, number=number, num_rows=num_rows)
+        return self._session.reference(rows, shape, self.device, number=number, num_rows=num_rows)
 
     def backward_released(self, outputs: Tensor, released: Released) -> None:
         """Back-propagate a released value as the gradient of `outputs` into the released networks.

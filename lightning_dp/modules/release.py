@@ -42,6 +42,19 @@ class Released:
         return Released(function(self.value), self.number, _DOOR)
 
 
+@dataclass(frozen=True)
+class PublicRows:
+    """A promise: these rows were computed from public and released values only.
+
+    `reference` takes nothing else, so that the rows of an ensemble, which are private, cannot be passed by a slip.
+
+    Attributes:
+        chunks: The rows.
+    """
+
+    chunks: Iterable[RowChunk]
+
+
 class ReleaseSession:
     """Joins one mechanism, one plan, one ledger and one noise source for the length of a run.
 
@@ -133,7 +146,7 @@ class ReleaseSession:
         return Released(value, number, _DOOR)
 
     def reference(
-        self, chunks: Iterable[RowChunk], shape: tuple[int, int], device: torch.device, *, number: int, num_rows: int
+        self, rows: PublicRows, shape: tuple[int, int], device: torch.device, *, number: int, num_rows: int
     ) -> Tensor:
         """Return what a release would be, without noise, if these *public* rows were the private ones.
 
@@ -142,7 +155,7 @@ class ReleaseSession:
         be computed from released and public values only.
 
         Args:
-            chunks: Public rows, `num_rows` for each vector.
+            rows: Public rows, `num_rows` for each vector.
             shape: (num_vectors, vector_dim).
             device: Where the rows live.
             number: The release whose public randomness is used.
@@ -150,8 +163,16 @@ class ReleaseSession:
 
         Returns:
             The decoded sum, (num_vectors, vector_dim), float32; public.
+
+        Raises:
+            PrivacyProtocolError: The rows are not declared public.
         """
-        total = self._encoded_sum(chunks, shape[0], device, number, is_private=False).to(torch.float64)
+        if not isinstance(rows, PublicRows):
+            raise PrivacyProtocolError(
+                "reference() adds no noise, so it takes PublicRows only: wrap rows that were computed from public and "
+                "released values. Rows of an ensemble go through release()."
+            )
+        total = self._encoded_sum(rows.chunks, shape[0], device, number, is_private=False).to(torch.float64)
         total *= self.plan.spec.rows_per_vector / num_rows
         return self.mechanism.reference(total, self.plan, release_number=number, public_seed=self._public_seed)
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.energy_teachers import DirectionChunk
+from lightning_dp.gradients.energy_teachers import DirectionChunk, PublicShapes
 from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.release import PublicRows
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.ema import ExponentialMovingAverage
 from lightning_dp.networks.generator import Generator
@@ -206,7 +207,7 @@ class TeacherEnsembleGAN(PrivateModule):
         shape = (self.images_per_step, self.vector_dim)
         released = self.release(rows, shape)
         if self.repulsion > 0:
-            pushes = self._pool_rows(fakes.detach(), labels)
+            pushes = PublicRows(self._pool_rows(fakes.detach(), labels))
             pushed = self.reference(pushes, shape, number=released.number, num_rows=self.pool_per_class)
             released = released.map(lambda value: value - self.repulsion * pushed)
         self.backward_released(fakes, released.map(lambda value: self.step_size * value))
@@ -223,13 +224,14 @@ class TeacherEnsembleGAN(PrivateModule):
         pool_labels = classes.repeat_interleave(self.pool_per_class)
         latent = self.generator.sample_latent(len(pool_labels), self._public_stream(_POOL))
         with torch.no_grad():
-            pool = self._judged(self.generator(latent, pool_labels)).flatten(1).view(len(classes), -1, self.vector_dim)
-        flat, ids = fakes.flatten(1), torch.arange(self.pool_per_class, device=fakes.device)
+            pool = self._judged(self.generator(latent, pool_labels)).flatten(1)
+        shapes, ids = PublicShapes(pool, fakes.flatten(1)), torch.arange(self.pool_per_class, device=fakes.device)
         runs, lengths = torch.unique_consecutive(labels, return_counts=True)
         start = 0
         for label, length in zip(runs.tolist(), lengths.tolist(), strict=True):
             queries = slice(start, start + length)
-            yield DirectionChunk(ids, queries, targets=pool[label], points=flat[queries])
+            selected = ids + label * self.pool_per_class
+            yield DirectionChunk(ids, queries, shapes=shapes, selected=selected, is_mean=False)
             start += length
 
     def _judged(self, images: Tensor) -> Tensor:

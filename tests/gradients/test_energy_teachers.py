@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.energy_teachers import EnergyTeachers
-from lightning_dp.gradients.teachers import TeacherShards
+from lightning_dp.gradients.energy_teachers import DirectionChunk, EnergyTeachers, PublicShapes
+from lightning_dp.gradients.teachers import RowChunk, TeacherShards
 from lightning_dp.losses.energy import unit_directions
+from lightning_dp.mechanisms.topagg import public_rotation
 
 
 def shards(num=12, teachers=3, num_classes=2):
@@ -89,7 +90,7 @@ def test_a_mean_over_all_teachers_would_be_caught():
         def row_chunks(self, fakes, labels):
             for chunk in super().row_chunks(fakes, labels):
                 centred = chunk.values - chunk.values.mean(0, keepdim=True)
-                yield type(chunk)(chunk.teacher_ids, centred, chunk.queries)
+                yield RowChunk(chunk.teacher_ids, centred, chunk.queries)
 
     def rows(data):
         ensemble = Centred(num_teachers=3)
@@ -125,3 +126,55 @@ def test_a_fake_on_top_of_a_record_gets_no_direction_and_no_nan():
 def test_bad_numbers_are_refused(options):
     with pytest.raises(ConfigurationError, match=">= 1"):
         EnergyTeachers(**options)
+
+
+def votes_of_others(teachers, data, basis, fakes, labels):
+    """Sign votes of every record but the first, by record, bit for bit."""
+    teachers.bind(data, num_classes=2, image_shape=(1, 8, 8), device="cpu", seed=0)
+    votes = {}
+    for chunk in teachers.row_chunks(fakes, labels):
+        for owner, row in zip(chunk.teacher_ids.tolist(), chunk.in_basis(basis), strict=True):
+            votes[owner] = row
+    return {owner: row for owner, row in votes.items() if owner != 0}
+
+
+def others_moved_by_a_new_label(make, mine, num_threads=1):
+    """Whether a record that changes its label moves a bit of another's row; a fake equal to a record shows it best."""
+    num = mine + 30
+    image = torch.randint(0, 256, (1, 1, 8, 8), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    images = image.expand(num, 1, 8, 8).contiguous()
+    data = TeacherShards(images, (torch.arange(num) >= mine).long(), torch.arange(num), num)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    fakes = (image.float() / 255).flatten(1).expand(6, 64)
+    basis = public_rotation(64, 0, 1)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        before = votes_of_others(make(), data, basis, fakes, labels)
+        data.labels[0] = 1
+        after = votes_of_others(make(), data, basis, fakes, labels)
+    finally:
+        torch.set_num_threads(threads_before)
+    assert before.keys() == after.keys()
+    return any(not torch.equal(row, after[owner]) for owner, row in before.items())
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("mine", [*range(1, 13), 511, 512, 513])
+def test_a_record_that_changes_its_label_moves_no_bit_of_another(mine, num_threads):
+    assert not others_moved_by_a_new_label(EnergyTeachers, mine, num_threads)
+
+
+def test_products_as_tall_as_a_class_would_be_caught():
+    """The broken twin rotates what it has selected; the height of the product then follows the labels."""
+
+    class Late(EnergyTeachers):
+        def row_chunks(self, fakes, labels):
+            for chunk in super().row_chunks(fakes, labels):
+                targets, points = chunk._shapes.within(None)
+                late = PublicShapes(targets[chunk._selected], points)
+                everything = torch.arange(len(chunk._selected))
+                yield DirectionChunk(chunk.teacher_ids, chunk.queries, shapes=late, selected=everything, is_mean=False)
+
+    if not any(others_moved_by_a_new_label(Late, mine) for mine in range(1, 13)):
+        pytest.skip("on this machine a matrix product rounds its rows alike at every height")

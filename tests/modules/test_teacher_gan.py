@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from lightning_dp.errors import ConfigurationError
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.energy_teachers import EnergyTeachers
 from lightning_dp.gradients.teachers import RowChunk, TeacherShards
 from lightning_dp.losses.energy import unit_directions
@@ -13,7 +13,7 @@ from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.published import load_generator, save_released
-from lightning_dp.modules.release import _DOOR, Released
+from lightning_dp.modules.release import _DOOR, PublicRows, Released
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.dct import DCTGenerator
@@ -125,13 +125,16 @@ def test_rows_of_fakes_that_lie_like_the_records_cancel_exactly(run_tiny):
     def chunk():
         return [RowChunk(torch.arange(20), unit_directions(records, points), slice(0, 2))]
 
+    with pytest.raises(PrivacyProtocolError, match="PublicRows only"):
+        module.reference(chunk(), (2, module.vector_dim), number=9, num_rows=20)
+
     session = module._session
     session.begin_step()
     session._may_release = lambda *_: None
     session.ledger = type("Spy", (), {"append": staticmethod(lambda *_: 9)})
     released = session.release(chunk(), (2, module.vector_dim), torch.device("cpu"))
     # The spec speaks of 20 rows per vector (40 records, 2 classes), as many as there are.
-    pushed = session.reference(chunk(), (2, module.vector_dim), torch.device("cpu"), number=9, num_rows=20)
+    pushed = session.reference(PublicRows(chunk()), (2, module.vector_dim), torch.device("cpu"), number=9, num_rows=20)
     torch.testing.assert_close(released.value, pushed)
 
 
