@@ -34,7 +34,17 @@ _OWN_KEYS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as YAML 1.2 and the command line do."""
+    """Reads 1e-5 as a number, as the command line does, and refuses a key that stands twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    line = f"line {key.start_mark.line + 1}"
+                    raise ConfigurationError(f"{line}: {key.value!r} twice; the first would be ignored. Keep one.")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(
@@ -145,6 +155,8 @@ def _read(path: Path, what: str) -> Mapping[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigurationError(f"Expected {what} at {path}, got: {error.strerror}.") from None
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}, {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is no valid YAML ({' '.join(str(error).split())}). Mend that line.") from None
     return _mapping(values, str(path))

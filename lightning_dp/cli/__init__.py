@@ -1,4 +1,4 @@
-"""The command line: ``lightning-dp fit | sample | evaluate | account | data fetch``.
+"""The command line: ``lightning-dp fit | sample | evaluate | account | benchmark | compare | matrix | data fetch``.
 
 Mistakes of the user end in one line on standard error and exit code 2. Heavy imports wait until a command needs them.
 """
@@ -18,6 +18,9 @@ USAGE = """lightning-dp: differentially private generative models on PyTorch Lig
   lightning-dp sample RUN --num 10000        draw samples of a run's released generator
   lightning-dp evaluate RUN                  judge them against the real test split
   lightning-dp account RUN [--delta D]       recompute epsilon from the ledger alone
+  lightning-dp benchmark FILE                compare methods and mechanisms at equal privacy (configs/benchmark/)
+  lightning-dp compare CARD CARD ...         show what tells run cards apart
+  lightning-dp matrix [--markdown]           which mechanisms run with which methods, or why not
   lightning-dp data fetch NAME               fill ./data with verified files (mnist, fashion-mnist)
 
 Flags over a configuration:
@@ -73,13 +76,16 @@ def _quieten() -> None:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    from lightning_dp.cli import commands
+    from lightning_dp.cli import commands, comparison, matrix
 
     known = {
         "fit": commands.fit,
         "sample": commands.sample,
         "evaluate": commands.evaluate,
         "account": commands.account,
+        "benchmark": comparison.benchmark,
+        "compare": comparison.compare,
+        "matrix": matrix.matrix,
         "data": commands.data,
     }
     if name not in known:

@@ -36,6 +36,21 @@ class PlanCLI(FitCLI):
         return None  # type: ignore[return-value]  # nothing is trained
 
 
+def plan_cli(request: Path, *flags: str) -> PlanCLI:
+    """Return model, data and plan of a run from the file of its request.
+
+    Args:
+        request: Configuration of a whole run.
+        flags: Flags over it.
+
+    Raises:
+        ConfigurationError: The settings do not fit together, or the pair has no proof.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # "Seed set to 1", once a request
+    return PlanCLI(["--config", str(request), *flags])
+
+
 def plan_request(request: Path) -> CellPlan:
     """Return the plan of a run from the file of its request.
 
@@ -45,9 +60,7 @@ def plan_request(request: Path) -> CellPlan:
     Raises:
         ConfigurationError: The settings do not fit together, or the pair has no proof.
     """
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # "Seed set to 1", once a cell
-    cli = PlanCLI(["--config", str(request)])
+    cli = plan_cli(request)
     is_private = cli.privatizer.mechanism.is_private
     return CellPlan(
         resolved=cli.resolved(),

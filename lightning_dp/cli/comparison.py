@@ -1,0 +1,152 @@
+"""``lightning-dp benchmark`` and ``lightning-dp compare``: many runs at equal privacy, and run cards side by side."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_dp.cli.parsing import parse
+from lightning_dp.errors import ConfigurationError
+
+
+def benchmark(arguments: list[str]) -> int:
+    """Run a grid of methods, mechanisms, data, epsilons and seeds at one stated delta and relation, and report it.
+
+    The same command goes on where it stopped. Exit code 1 if a cell failed; refused cells are results too.
+    """
+    parser = ArgumentParser(prog="lightning-dp benchmark", exit_on_error=False, description=benchmark.__doc__)
+    parser.add_argument("grid", type=str, help="Grid file; ready ones are in configs/benchmark/.")
+    parser.add_argument("--out", type=str | None, default=None, help="Folder (default: runs/benchmark/NAME).")
+    parser.add_argument("--jobs", type=int | None, default=None, help="Runs at once (default: one per processor).")
+    parser.add_argument("--backend", type=Literal["local", "ray"], default="local", help="Where the runs are made.")
+    parser.add_argument("--address", type=str | None, default=None, help="Ray cluster; 'local' starts one here.")
+    parser.add_argument(
+        "--wandb",
+        type=Literal["auto", "online", "offline", "disabled"] | None,
+        default=None,
+        help="W&B mode of every run; the comparison is their group.",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="Plan and calibrate every cell, and stop.")
+    options: Any = parse(parser, arguments)
+    return _benchmark(options)
+
+
+def _benchmark(options: Any) -> int:
+    from lightning_dp.benchmark.backends import available_cpus, checked_jobs
+    from lightning_dp.benchmark.grid_file import load_grid
+    from lightning_dp.benchmark.progress import ConsoleReporter
+    from lightning_dp.benchmark.report import write_report
+    from lightning_dp.benchmark.runner import Comparison
+    from lightning_dp.cli import plugins  # noqa: F401  (names in configurations)
+    from lightning_dp.cli.planning import plan_request
+
+    if options.address is not None and options.backend != "ray":
+        raise ConfigurationError(f"--address {options.address} belongs to --backend ray; add it, or leave it out.")
+    grid = load_grid(options.grid)
+    folder = Path(options.out) if options.out else Path("runs") / "benchmark" / grid.name
+    cpus = available_cpus()
+    jobs = cpus if options.jobs is None else checked_jobs(options.jobs)
+    threads = max(1, cpus // jobs)
+    backend = None if options.dry_run else _backend(options, jobs, threads)
+    console = Console()
+    reporter = ConsoleReporter(console)
+    comparison = Comparison(grid, folder, planner=plan_request, wandb=options.wandb, threads=threads)
+    console.print(
+        Text(f"{grid.name}: {len(grid.cells())} cells at delta {grid.delta:g}, {grid.relation}, in {folder}"),
+        soft_wrap=True,
+    )
+    comparison.plan(reporter)
+    if backend is None:
+        return 0
+    try:
+        with _sigterm_interrupts():
+            comparison.run(backend, reporter)
+    finally:
+        reporter.close()
+        spent = write_report(comparison.folder, list(comparison.records.values()), name=grid.name, delta=grid.delta)
+    _tell(console, comparison.folder, list(comparison.records.values()), [s for entry in spent for s in entry.lines()])
+    return 1 if any(record.status in ("failed", "interrupted") for record in comparison.records.values()) else 0
+
+
+def _backend(options: Any, jobs: int, threads: int) -> Any:
+    from lightning_dp.benchmark.backends import LocalBackend, RayBackend
+
+    if options.backend == "ray":
+        return RayBackend(options.address, jobs=options.jobs, threads=1 if options.jobs is None else threads)
+    return LocalBackend(jobs)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end the comparison as Ctrl-C does: runs are interrupted in order, and recorded."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(console: Console, folder: Path, records: list[Any], spent: list[str]) -> None:
+    """Print the result: one table from the cards, what everything spent, and where the report is."""
+    from lightning_dp.benchmark.document import Strong
+    from lightning_dp.benchmark.report import MARKDOWN_FILE, PAGE_FILE, STATEMENT, result_tables
+
+    for title, part in result_tables(folder, records):
+        is_long = part.header[-1] == STATEMENT  # on a terminal, sentences stand below their table
+        shown = len(part.header) - is_long
+        table = Table(title=Text(title), title_justify="left")
+        for name in part.header[:shown]:
+            table.add_column(Text(name), overflow="fold")
+        for row in part.rows:
+            table.add_row(*(Text(cell, style="bold" if isinstance(cell, Strong) else "") for cell in row[:shown]))
+        console.print(table)
+        for row in part.rows if is_long else ():
+            console.print(Text(f"{row[0]}, {row[1]}: {row[-1]}"))
+    for line in spent:
+        console.print(Text(line))
+    for record in records:
+        if record.status in ("failed", "refused", "interrupted"):
+            console.print(Text(f"{record.status}: {record.cell}: {record.reason or 'go on with the same command'}"))
+    for name in (MARKDOWN_FILE, PAGE_FILE):
+        console.print(f"report: {folder / name}", soft_wrap=True)
+
+
+def compare(arguments: list[str]) -> int:
+    """Show what tells two or more run cards apart: claim, budget, mechanism, quality, cost, configuration."""
+    from lightning_dp.benchmark.differences import card_lines
+    from lightning_dp.evaluation.report import read_run_card
+
+    parser = ArgumentParser(prog="lightning-dp compare", exit_on_error=False, description=compare.__doc__)
+    parser.add_argument("cards", type=str, nargs="+", help="Run cards, or run folders that hold one.")
+    parser.add_argument("--all", action="store_true", help="Show what is equal too.")
+    options: Any = parse(parser, arguments)
+    if len(options.cards) < 2:
+        raise ConfigurationError(f"Expected two or more run cards to compare, got {len(options.cards)}.")
+    cards = [read_run_card(path) for path in options.cards]
+    shown = [line for line in card_lines(cards) if options.all or line.is_different]
+    if not shown:
+        print("The cards say the same.")
+        return 0
+    table = Table(title=Text("Differences" if not options.all else "Run cards"), title_justify="left", show_lines=False)
+    table.add_column("what", style="bold", overflow="fold")
+    for path, card in zip(options.cards, cards, strict=True):
+        table.add_column(Text(f"{card.title}\n{path}"), overflow="fold")
+    part = None
+    for line in shown:
+        if line.part != part:
+            table.add_section()
+            part = line.part
+        table.add_row(Text(f"{line.part}: {line.name}"), *(Text(value) for value in line.values))
+    Console().print(table)
+    return 0
