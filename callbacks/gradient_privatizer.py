@@ -47,7 +47,7 @@ class GradientPrivatizer(pl.Callback):
         self.public_seed = public_seed
         self.raw_telemetry = raw_telemetry
         self.plan: ReleasePlan | None = None
-        self._attached = False
+        self._session: ReleaseSession | None = None
 
     def plan_run(self, module: PrivateModule, data: PublicFacts, max_steps: int | None) -> PrivacyBudget:
         """Fix noise and length from public facts alone; the command line calls it before any data are read.
@@ -145,7 +145,8 @@ class GradientPrivatizer(pl.Callback):
             may_release=self.accountant.check_release,
             log_raw=pl_module.log if self.raw_telemetry else None,
         )
-        pl_module.attach(session)
+        self._session = session
+        pl_module.attach(session, trainer.optimizers)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +155,24 @@ class GradientPrivatizer(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.mechanism.load_state_dict(state_dict)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._open_session.begin_step()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._open_session.end_step()
+
+    @property
+    def _open_session(self) -> ReleaseSession:
+        if self._session is None:
+            raise PrivacyProtocolError("The release session opens when training starts.")
+        return self._session
 
     @property
     def _plan(self) -> ReleasePlan:

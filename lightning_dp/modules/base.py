@@ -16,6 +16,7 @@ from lightning_dp.evaluation.classification import ClassificationResult
 from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult, evaluate_samples
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.guard import ReleaseGuard
 from lightning_dp.modules.release import PublicRows, Released, ReleaseSession
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.releasable import ReleasableNetwork
@@ -73,7 +74,7 @@ class PrivateModule(pl.LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self._session: ReleaseSession | None = None
-        self._stamps: dict[int, tuple[Tensor, int]] = {}
+        self._guard: ReleaseGuard | None = None
         self._facts: PublicFacts | None = None
         self.planned_releases = 0
         self.logs_raw = False
@@ -146,9 +147,17 @@ class PrivateModule(pl.LightningModule, ABC):
 
     # The door --------------------------------------------------------------------------------------------------------
 
-    def attach(self, session: ReleaseSession) -> None:
-        """Give the module its release session; called by the GradientPrivatizer callback."""
+    def attach(self, session: ReleaseSession, optimizers: Iterable[Optimizer]) -> None:
+        """Take the release session and guard the optimizers; called by GradientPrivatizer when training starts.
+
+        Args:
+            session: The door.
+            optimizers: All optimizers of the run; those of released networks are watched.
+        """
         self._session = session
+        self._guard = ReleaseGuard(self._released_parameters())
+        for optimizer in optimizers:
+            self._guard.watch(optimizer)
 
     def release(self, chunks: Iterable[RowChunk], shape: tuple[int, int]) -> Released:
         """Turn private rows into one released value; once per training step.
@@ -173,8 +182,8 @@ class PrivateModule(pl.LightningModule, ABC):
     def backward_released(self, outputs: Tensor, released: Released) -> None:
         """Back-propagate a released value as the gradient of `outputs` into the released networks.
 
-        Gradients that were there before are dropped, so nothing else can ride along; each new one is stamped, and the
-        optimizer's hook compares the stamp before it steps.
+        Gradients that were there before are dropped, so nothing else can ride along; the guard compares the new ones
+        before the optimizer steps and after (`ReleaseGuard`).
 
         Args:
             outputs: What the released networks computed from public inputs.
@@ -188,7 +197,7 @@ class PrivateModule(pl.LightningModule, ABC):
         # Optimizers minimise, so the gradient is minus the descent direction.
         gradient = -released.value.reshape(outputs.shape).to(outputs)
         torch.autograd.backward(outputs, grad_tensors=gradient, inputs=[p for p in parameters if p.requires_grad])
-        self._stamps = {id(p): (p.grad, p.grad._version) for p in parameters if p.grad is not None}
+        self._admit_gradients()
 
     def assign_released(self, parameters: Iterable[nn.Parameter], released: Released) -> None:
         """Make a released gradient the gradient of parameters of the released networks.
@@ -207,7 +216,7 @@ class PrivateModule(pl.LightningModule, ABC):
         parts = released.value.flatten().split([parameter.numel() for parameter in wanted])
         for parameter, part in zip(wanted, parts, strict=True):
             parameter.grad = part.reshape(parameter.shape).to(parameter)
-        self._stamps = {id(p): (p.grad, p.grad._version) for p in wanted if p.grad is not None}
+        self._admit_gradients()
 
     @override
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
@@ -232,37 +241,15 @@ class PrivateModule(pl.LightningModule, ABC):
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """Guard the optimizers that hold parameters of released networks."""
-        released = {id(parameter) for parameter in self._released_parameters()}
-        for optimizer in self.trainer.optimizers:
-            if any(id(p) in released for group in optimizer.param_groups for p in group["params"]):
-                optimizer.register_step_pre_hook(self._refuse_unreleased)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Allow one release in the coming step."""
+        """Refuse to train without a privatizer, which allows one release before each step and checks it after."""
         if self._session is None:
             raise PrivacyProtocolError(_NO_PRIVATIZER)
-        self._session.begin_step()
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check that the step made its release."""
-        if self._session is not None:
-            self._session.end_step()
+    def _admit_gradients(self) -> None:
+        if self._guard is not None:
+            self._guard.admit()
 
     def _released_parameters(self) -> Iterator[nn.Parameter]:
         for network in self.released_networks().values():
             yield from network.parameters()
-
-    def _refuse_unreleased(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        released = {id(parameter) for parameter in self._released_parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in released or parameter.grad is None:
-                    continue
-                stamp = self._stamps.get(id(parameter))
-                if stamp is None or stamp[0] is not parameter.grad or stamp[1] != parameter.grad._version:
-                    raise PrivacyProtocolError(
-                        "An optimizer of a released network was about to step on a gradient that did not come from a "
-                        "release (or was changed since). Use self.backward_released(outputs, self.release(...))."
-                    )

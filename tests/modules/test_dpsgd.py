@@ -263,7 +263,8 @@ def test_a_resumed_run_draws_new_batches_and_keeps_its_average_and_norm(tmp_path
     reached = own[0].mechanism.max_grad_norm
     again, own = tiny_dpsgd(ema_decay=0.9), callbacks()
     seen = []
-    own[0].on_train_batch_start = lambda *_: seen.append(own[0].mechanism.max_grad_norm)
+    begin = own[0].on_train_batch_start
+    own[0].on_train_batch_start = lambda *step: (seen.append(own[0].mechanism.max_grad_norm), begin(*step))
     trainer_for(tmp_path, own, max_steps=6).fit(
         again, datamodule=BrightData(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )

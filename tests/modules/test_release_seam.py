@@ -14,6 +14,7 @@ from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.guard import ReleaseGuard
 from lightning_dp.modules.release import Released, ReleaseSession
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
@@ -86,10 +87,78 @@ class TestNoWayAround:
             def backward_released(self, outputs, released):
                 super().backward_released(outputs, released)
                 for parameter in self.generator.parameters():
-                    parameter.grad = parameter.grad.clone()
+                    parameter.grad = 2 * parameter.grad
 
         with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
             fit(tmp_path, as_class(Replaces))
+
+    def test_a_gradient_changed_behind_its_version_is_refused(self, tmp_path):
+        class Writes(TeacherEnsembleGAN):
+            def backward_released(self, outputs, released):
+                super().backward_released(outputs, released)
+                next(self.generator.parameters()).grad.data.add_(1e-3)
+
+        with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
+            fit(tmp_path, as_class(Writes))
+
+    def test_overriding_a_hook_does_not_open_the_door(self, tmp_path):
+        class Forgets(TeacherEnsembleGAN):
+            """The bug: hooks without super(), and a private gradient."""
+
+            def on_train_start(self):
+                pass
+
+            def on_train_batch_start(self, batch, batch_idx):
+                pass
+
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                pass
+
+            def backward_released(self, outputs, released):
+                outputs.sum().backward()
+
+        with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
+            fit(tmp_path, as_class(Forgets))
+
+    def test_a_closure_that_computes_another_gradient_is_refused(self, tmp_path):
+        class Closes(TeacherEnsembleGAN):
+            def backward_released(self, outputs, released):
+                super().backward_released(outputs, released)
+                optimizer = self.optimizers().optimizer
+
+                def closure():
+                    self.generator.means.grad = torch.ones_like(self.generator.means)
+
+                optimizer.step(closure)
+
+        with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
+            fit(tmp_path, as_class(Closes))
+
+    @pytest.mark.parametrize("edit", ["optimizer", "in place"])
+    def test_parameters_that_move_outside_a_guarded_step_are_refused(self, tmp_path, edit):
+        class Moves(TeacherEnsembleGAN):
+            def training_step(self, batch, batch_idx):
+                super().training_step(batch, batch_idx)
+                if edit == "in place":
+                    self.generator.means.data.add_(1e-3)
+                    return
+                own = torch.optim.SGD([self.generator.means], lr=0.1)
+                self.generator.means.grad = torch.ones_like(self.generator.means)
+                own.step()
+
+        with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
+            fit(tmp_path, as_class(Moves))
+
+    def test_a_released_nan_is_not_taken_for_another_gradient(self):
+        parameter = nn.Parameter(torch.zeros(2))
+        guard, optimizer = ReleaseGuard([parameter]), torch.optim.SGD([parameter], lr=0.1)
+        guard.watch(optimizer)
+        parameter.grad = torch.tensor([float("nan"), 1.0])
+        guard.admit()
+        optimizer.step()
+        parameter.grad = torch.tensor([float("nan"), 1.0])
+        guard.admit()
+        optimizer.step()
 
     def test_stale_private_gradients_cannot_ride_along(self, tmp_path):
         module = tiny_gan()

@@ -1,0 +1,76 @@
+"""Watches the parameters of released networks: they move by guarded steps on released gradients alone."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dp.errors import PrivacyProtocolError
+
+
+class ReleaseGuard:
+    """Compares gradients and parameters, by value, with what releases and guarded steps left behind.
+
+    By value, because a write through ``.data`` leaves no trace in a tensor's version. Checked before a step and after
+    it, because a closure runs in between.
+
+    Catches: a gradient from another backward pass, added to or written over; a second optimizer; parameters edited in
+    place. Does not catch: private values used in the forward pass whose output is back-propagated, hooks that a method
+    puts on its own parameters, and closures captured by `Released.map`.
+
+    Args:
+        parameters: Parameters of the released networks.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._admitted: dict[int, Tensor] = {}
+        self._expected: list[Tensor] = []
+        self._remember()
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Check every step of an optimizer that holds parameters of released networks."""
+        mine = {id(parameter) for parameter in self._parameters}
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_post_hook(self._after_step)
+
+    def admit(self) -> None:
+        """Take the present gradients as released; called where a released value has just been back-propagated."""
+        self._admitted = {id(p): p.grad.detach().clone() for p in self._parameters if p.grad is not None}
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, expected in zip(self._parameters, self._expected, strict=True):
+            if not _same(parameter.detach(), expected):
+                raise PrivacyProtocolError(
+                    "A parameter of a released network changed outside a step on a released gradient (by another "
+                    "optimizer, or an edit in place). Nothing private may reach it but through release()."
+                )
+        self._check_gradients(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._check_gradients(optimizer)
+        self._remember()
+
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        mine = {id(parameter) for parameter in self._parameters}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in mine or parameter.grad is None:
+                    continue
+                admitted = self._admitted.get(id(parameter))
+                if admitted is None or not _same(parameter.grad, admitted):
+                    raise PrivacyProtocolError(
+                        "An optimizer of a released network was about to step on a gradient that did not come from a "
+                        "release (or was changed since). Use self.backward_released(outputs, self.release(...))."
+                    )
+
+    def _remember(self) -> None:
+        self._expected = [parameter.detach().clone() for parameter in self._parameters]
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Compare by value; a NaN equals a NaN in the same place."""
+    return torch.equal(left, right) or torch.equal(torch.nan_to_num(left), torch.nan_to_num(right))
