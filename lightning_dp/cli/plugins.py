@@ -11,12 +11,14 @@ from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.dpsgd import DPSGDClassifier
+from lightning_dp.modules.sinkhorn import DPSinkhorn
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.datalens import DataLensGenerator
 from lightning_dp.networks.dcgan import DCGANCritic, DCGANGenerator
 from lightning_dp.networks.dct import DCTGenerator
+from lightning_dp.networks.sinkhorn import SinkhornConvGenerator, SinkhornResidualGenerator
 from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator, SmallConvDiscriminator, SmallConvGenerator
 from lightning_dp.networks.tempered import TemperedCNN
 from lightning_dp.networks.vae import ConvDecoder, ConvEncoder, CosineDecoder, CosineEncoder
@@ -35,6 +37,7 @@ __all__ = [
     "DCGANGenerator",
     "DCTGenerator",
     "DPSGDClassifier",
+    "DPSinkhorn",
     "DataLensGenerator",
     "DiscriminatorTeachers",
     "EmbeddedDigits",
@@ -46,6 +49,8 @@ __all__ = [
     "MLPDiscriminator",
     "MLPGenerator",
     "NoPrivacy",
+    "SinkhornConvGenerator",
+    "SinkhornResidualGenerator",
     "SmallConvDiscriminator",
     "SmallConvGenerator",
     "TeacherEnsembleGAN",
