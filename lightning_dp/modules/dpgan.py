@@ -16,6 +16,7 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
 from lightning_dp.modules.records import RecordModule, check_positive
+from lightning_dp.modules.release import PublicRows
 from lightning_dp.networks.discriminator import Discriminator
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.vae import one_hot
@@ -130,7 +131,7 @@ class DPGAN(RecordModule):
         parameters = trainable_parameters(self.critic).values()
         shape = (1, sum(parameter.numel() for parameter in parameters))
         released = self.release(self.record_rows(self.draw_records()), shape)
-        of_fakes = self.reference(self._fake_rows(), shape, number=released.number, num_rows=self.num_fakes)
+        of_fakes = self.reference(PublicRows(self._fake_rows()), shape, number=released.number, num_rows=self.num_fakes)
         self.assign_released(parameters, released.map(lambda of_records: (of_records + of_fakes) / 2))
         critic.step()
         is_due = self.schedule.after_critic_step()

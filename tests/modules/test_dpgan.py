@@ -122,7 +122,7 @@ def test_a_fixed_schedule_moves_the_generator_against_the_critic(tmp_path):
 
 
 def test_the_schedule_does_not_see_the_records(tmp_path):
-    """With the same critic, other records change nothing of what the schedule is told (the twin reads real accuracy)."""
+    """With the same critic, other records change nothing that the schedule is told (the twin reads real accuracy)."""
     told = []
     for data_seed in (0, 1):
         module = tiny_dpgan()
