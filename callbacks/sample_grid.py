@@ -1,5 +1,6 @@
 """Draws a grid of released samples, into the run folder and the loggers that take images."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from typing_extensions import override
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.grid import save_sample_grid
 from lightning_dp.modules.base import PrivateModule
+
+_logger = logging.getLogger(__name__)
 
 
 class SampleGrid(pl.Callback):
@@ -62,7 +65,12 @@ class SampleGrid(pl.Callback):
         generator = pl_module.released_generator()
         labels = torch.arange(generator.num_classes).repeat_interleave(self.per_class)
         images, labels = generator.sample(len(labels), seed=self.sample_seed, labels=labels)
-        save_sample_grid(self.path, images, labels, per_class=self.per_class)
+        try:
+            save_sample_grid(self.path, images, labels, per_class=self.per_class)
+        except ConfigurationError as error:
+            # Diverged samples, say. The budget is spent: claim and release must be written all the same.
+            _logger.warning("No grid of samples: %s", error)
+            return
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [str(self.path)], step=trainer.global_step)

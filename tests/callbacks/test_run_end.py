@@ -150,3 +150,16 @@ class TestRunFolder:
         assert card["claim"]["epsilon"] is None
         assert card["epsilon_curve"] == []
         assert "target_epsilon" not in card["budget"]
+
+
+def test_a_run_that_diverged_still_leaves_its_claim(tmp_path):
+    callbacks = callbacks_for()
+    evaluation = EvaluateGenerator(protocol=QUICK)
+    folder = RunFolder(path=tmp_path, privatizer=callbacks[0], evaluation=evaluation, config={}, title="diverged")
+    grid = SampleGrid(path=tmp_path / "samples.png")
+    module = tiny_gan(learning_rate=1e38, step_size=1e30)
+    trainer_for(tmp_path, [folder, *callbacks, evaluation, grid], max_steps=3).fit(module, datamodule=TinyData())
+    assert not torch.isfinite(module.generator.means).all()
+    assert json.loads((tmp_path / "claim.json").read_text())["num_releases"] == 3
+    assert evaluation.result is None
+    assert not (tmp_path / "samples.png").exists()
