@@ -63,6 +63,7 @@ def table(lines: int = 10) -> bytes:
         (gzip.compress(b"1,2,300\n"), "got: could not convert|got: .*300"),
         (b"not gzip", "Not a gzipped file"),
     ],
+    ids=["wrong", "short", "cut", "value", "plain"],  # the bytes hold a time stamp, and workers must agree on names
 )
 def test_broken_tables(monkeypatch, tmp_path, data, message):
     path = tmp_path / "mnist_5k.csv.gz"
