@@ -11,6 +11,12 @@ from torch import Tensor
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, zero_non_finite
 
+# Projections are summed in whole numbers, exactly. The order of a floating-point sum depends on the number of rows, and a
+# vote that its last bit tips into another bin would let one record move the votes of others.
+_NORMAL_BITS = 15  # normal entries are multiples of 2^-15, and at most 2^3
+_ROW_RANGE_BITS = 9  # entries of rows count up to 2^9 max_value
+_EXACT_BITS = 53  # whole numbers below 2^53 are exact in float64
+
 
 @final
 class GNMax(Mechanism):
@@ -100,15 +106,19 @@ class GNMax(Mechanism):
         """Return one vote per projection, int8, (num_rows, num_vectors, num_projections * num_bins)."""
         rows = zero_non_finite(rows).to(torch.float64)
         num_vectors, dim = rows.shape[1:]
-        basis = public_projections(
+        normals = public_normals(
             dim,
             self.num_projections,
             public_seed=context.public_seed,
             release_number=context.release_number,
             vectors=range(context.first_vector, context.first_vector + num_vectors),
         ).to(rows.device)
-        values = torch.einsum("nqd,qdm->nqm", rows, basis).nan_to_num()  # huge entries overflow with either sign
-        bins = ((values / self.max_value + 1) * (self.num_bins / 2)).floor().clamp(0, self.num_bins - 1)
+        row_bits = _row_bits(dim)
+        limit = 2.0 ** (_ROW_RANGE_BITS + row_bits)
+        whole = (rows / self.max_value * 2.0**row_bits).clamp(-limit, limit).round()
+        values = torch.einsum("nqd,qdm->nqm", whole, normals)  # exact, in units of
+        unit = 2.0 ** -(row_bits + _NORMAL_BITS) / math.sqrt(self.num_projections)  # this times max_value
+        bins = ((values * unit + 1) * (self.num_bins / 2)).floor().clamp(0, self.num_bins - 1)
         votes = torch.zeros(*values.shape, self.num_bins, dtype=torch.int8, device=rows.device)
         speaks = (rows != 0).any(dim=-1)[:, :, None, None].expand(*values.shape, 1)
         return votes.scatter_(-1, bins[..., None].long(), speaks.to(torch.int8)).flatten(2)
@@ -146,7 +156,6 @@ class GNMax(Mechanism):
         return flat.unflatten(-1, (self.num_projections, self.num_bins))
 
 
-@lru_cache(maxsize=32)  # the same projections serve every chunk of a release
 def public_projections(
     dim: int, num_projections: int, *, public_seed: int, release_number: int, vectors: range
 ) -> Tensor:
@@ -162,8 +171,22 @@ def public_projections(
     Returns:
         Independent normal entries of variance 1 / m, float64, (num_vectors, dim, m).
     """
+    normals = public_normals(
+        dim, num_projections, public_seed=public_seed, release_number=release_number, vectors=vectors
+    )
+    return normals * (2.0**-_NORMAL_BITS / math.sqrt(num_projections))
+
+
+@lru_cache(maxsize=32)  # the same projections serve every chunk of a release
+def public_normals(dim: int, num_projections: int, *, public_seed: int, release_number: int, vectors: range) -> Tensor:
+    """Return the entries of `public_projections` times sqrt(m), as whole multiples of 2^-15 (that many units)."""
     drawn = np.empty((len(vectors), dim, num_projections))
     for place, vector in enumerate(vectors):
         stream = np.random.default_rng((public_seed % 2**63, release_number, vector))
         drawn[place] = stream.standard_normal((dim, num_projections))
-    return torch.from_numpy(drawn / math.sqrt(num_projections))
+    return torch.from_numpy(np.rint(drawn.clip(-8, 8) * 2**_NORMAL_BITS))
+
+
+def _row_bits(dim: int) -> int:
+    """Return how finely entries of rows are rounded (to max_value * 2^-bits): sums of `dim` products stay exact."""
+    return _EXACT_BITS - _ROW_RANGE_BITS - (_NORMAL_BITS + 3) - math.ceil(math.log2(dim)) - 1

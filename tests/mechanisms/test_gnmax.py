@@ -11,7 +11,7 @@ from lightning_dp.accounting import Sampling, calibrate_noise_multiplier, comput
 from lightning_dp.accounting.events import GaussianRelease
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
-from lightning_dp.mechanisms.gnmax import GNMax, public_projections
+from lightning_dp.mechanisms.gnmax import GNMax, _row_bits, public_normals, public_projections
 from lightning_dp.mechanisms.noise import NoiseSource
 from tests.contracts.mechanism import MechanismContract, context
 
@@ -36,9 +36,7 @@ class TestGNMaxTestOnTheNoisyCounts(MechanismContract):
 
 
 def teachers(num_teachers: int = 10, q: int = 1, d: int = 8) -> ContributionSpec:
-    return ContributionSpec.teachers(
-        num_teachers=num_teachers, vectors_per_row=q, vector_dim=d, partition="permutation"
-    )
+    return ContributionSpec.teachers(num_teachers=num_teachers, vectors_per_row=q, vector_dim=d)
 
 
 def encode(mechanism, rows, **kwargs):
@@ -87,6 +85,27 @@ def test_projections_are_public_fresh_and_unbiased():
     many = projections(5, 4, 20_000)
     mean = torch.einsum("qdm,qem->de", many, many) / len(many)
     torch.testing.assert_close(mean, torch.eye(5, dtype=torch.float64), atol=5 / 20_000**0.5, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [5, 784, 12_288])
+def test_projections_are_summed_exactly(dim):
+    """Against Python's integers: a sum that rounds would depend on the number of rows, and tip votes with them."""
+    rows = torch.randn(4, 1, dim, dtype=torch.float64)
+    rows[0] *= 1e6  # every entry at the limit of its range
+    bits = _row_bits(dim)
+    assert bits >= 10
+    normals = public_normals(dim, 2, public_seed=3, release_number=1, vectors=range(1))
+    limit = 2 ** (9 + bits)
+    whole = [[max(-limit, min(limit, round(v * 2**bits))) for v in row] for row in rows[:, 0].tolist()]
+    columns = [[int(v) for v in column] for column in normals[0].T.tolist()]
+    sums = [[sum(v * w for v, w in zip(row, column, strict=True)) for column in columns] for row in whole]
+    assert max(abs(v) for row in whole for v in row) * dim * 8 * 2**15 < 2**53
+    values = torch.tensor(sums, dtype=torch.float64) * 2.0 ** -(bits + 15) / math.sqrt(2)
+    expected = ((values + 1) * 5).floor().clamp(0, 9)
+    votes = encode(GNMax(num_projections=2, max_value=1.0), rows).unflatten(-1, (2, 10))
+    assert torch.equal(votes.argmax(-1)[:, 0].double(), expected)
+    exact = torch.einsum("nd,dm->nm", torch.tensor(whole, dtype=torch.float64), normals[0])
+    assert exact.long().tolist() == sums
 
 
 def test_encoding_meets_the_projections_that_decoding_uses():
@@ -224,7 +243,6 @@ class TestClassWiseSensitivity:
             images_per_class=per_class,
             vector_dim=d,
             single_record=single,
-            partition="permutation",
         )
         before = self.measured(mechanism, labels, seeds, num_classes, per_class, d, spec)
         t = draw(shards - 1)
@@ -250,8 +268,8 @@ class TestClassWiseSensitivity:
         """q m (2 + 1/r^2) for a changed row, q m (1 + 1/r^2) for one that appears; squares add over rows."""
         make, common = ContributionSpec.class_wise_teachers, {"num_classes": 3, "images_per_class": 2, "vector_dim": 5}
         mechanism = GNMax(num_projections=4, threshold_noise_ratio=0.5)  # 1 / r^2 = 4
-        shared = make(num_teachers=3, single_record=False, partition="permutation", **common)
-        single = make(num_teachers=3, single_record=True, partition="permutation", **common)
+        shared = make(num_teachers=3, single_record=False, **common)
+        single = make(num_teachers=3, single_record=True, **common)
         assert mechanism.l2_sensitivity(shared, REPLACE) ** 2 == pytest.approx(2 * 8 * 6)
         assert mechanism.l2_sensitivity(shared, ZERO_OUT) ** 2 == pytest.approx(8 * 6)
         assert mechanism.l2_sensitivity(single, REPLACE) ** 2 == pytest.approx(2 * 8 * 5)

@@ -7,7 +7,7 @@ from dp_accounting import NeighboringRelation
 from scipy import stats
 
 from callbacks.gradient_privatizer import run_summary
-from lightning_dp.accounting import Sampling, compute_epsilon
+from lightning_dp.accounting import Sampling, calibrate_noise_multiplier, compute_epsilon
 from lightning_dp.accounting.bessel import mean_resultant_length
 from lightning_dp.accounting.events import GaussianRelease, VonMisesFisherRelease, ZCDPRelease
 from lightning_dp.accounting.ledger import PrivacyLedger
@@ -16,7 +16,7 @@ from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
-from lightning_dp.modules.release import ReleaseSession
+from lightning_dp.modules.release import PublicRows, ReleaseSession
 from tests.conftest import tiny_discriminator_gan, tiny_gan
 from tests.contracts.mechanism import MechanismContract, context
 from tests.mechanisms.test_sphere import angle_cdf
@@ -27,9 +27,7 @@ ZERO_OUT = NeighboringRelation.REPLACE_SPECIAL
 
 
 def teachers(num_teachers: int = 4, q: int = 1, d: int = 8) -> ContributionSpec:
-    return ContributionSpec.teachers(
-        num_teachers=num_teachers, vectors_per_row=q, vector_dim=d, partition="permutation"
-    )
+    return ContributionSpec.teachers(num_teachers=num_teachers, vectors_per_row=q, vector_dim=d)
 
 
 def plan_for(spec, noise_multiplier=2.0, relation=REPLACE) -> ReleasePlan:
@@ -60,7 +58,7 @@ class TestCentral(MechanismContract):
 
     def noise_of(self, mechanism, plan):
         """A direction drawn for a sum of zero, in a release of the planned size."""
-        spec = ContributionSpec.teachers(num_teachers=40, vectors_per_row=3000, vector_dim=16, partition="hash")
+        spec = ContributionSpec.teachers(num_teachers=40, vectors_per_row=3000, vector_dim=16)
         total = torch.zeros(3000, 16, dtype=torch.float64)
         return mechanism.perturb(total, plan_for(spec), NoiseSource(), release_number=1)
 
@@ -189,7 +187,9 @@ class TestLocalNoise:
         for _ in range(2):
             session = self.session(form, NoiseSource())
             number = session.release(self.chunk(rows), (2, 6), device).number
-            references.append(session.reference(self.chunk(rows), (2, 6), device, number=number, num_rows=4))
+            references.append(
+                session.reference(PublicRows(self.chunk(rows)), (2, 6), device, number=number, num_rows=4)
+            )
         assert torch.equal(*references)
 
     def test_draws_depend_on_the_row_and_not_on_the_chunk(self):
@@ -243,7 +243,6 @@ class TestWhatIsRefused:
             images_per_class=2,
             vector_dim=5,
             single_record=True,
-            partition="permutation",
         )
         VonMisesFisher().check(spec)
         with pytest.raises(ConfigurationError, match="every row would be seen"):
@@ -325,3 +324,20 @@ def test_the_run_card_carries_the_statements_only_while_the_noise_is_secret(run_
     assert run_summary(privatizer)["other_statements"][0].startswith("Metric privacy, not an (epsilon, delta)")
     _, privatizer, _, _ = run_tiny(mechanism=VonMisesFisher(), insecure_seed=1)
     assert "other_statements" not in run_summary(privatizer)
+
+
+@pytest.mark.parametrize("relation", [ADD_REMOVE, REPLACE])
+def test_poisson_sampling_is_accepted_and_earns_nothing(relation):
+    mechanism, spec = VonMisesFisher(), ContributionSpec.records(expected_batch_size=8, vector_dim=500)
+    noise = {
+        sampling.scheme: calibrate_noise_multiplier(
+            target_epsilon=3.0,
+            target_delta=1e-5,
+            num_releases=50,
+            make_event=lambda z: mechanism.step_event(plan_for(spec, z, relation)),
+            sampling=sampling,
+            relation=relation,
+        )
+        for sampling in (Sampling(scheme="full"), Sampling(scheme="poisson", rate=0.01))
+    }
+    assert noise["poisson"] == pytest.approx(noise["full"], rel=1e-4)
