@@ -1,0 +1,131 @@
+"""Processes and Ray tasks: started, told apart, interrupted, and their last words."""
+
+import importlib.util
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_dp.benchmark.backends import (
+    Backend,
+    LocalBackend,
+    RayBackend,
+    Task,
+    available_cpus,
+    checked_jobs,
+    last_words,
+    run_to_end,
+)
+from lightning_dp.errors import ConfigurationError
+
+PATIENCE_S = 120.0
+
+
+def task(tmp_path, name="a", *arguments):
+    return Task(name=name, arguments=tuple(arguments), folder=tmp_path, log=tmp_path / "logs" / name)
+
+
+def drain(backend: Backend, expected: int):
+    ended, start = [], time.monotonic()
+    while len(ended) < expected and time.monotonic() - start < PATIENCE_S:
+        ended += backend.collect()
+    return {each.name: code for each, code in ended}
+
+
+def test_processes_end_with_their_codes_and_words(tmp_path):
+    """The public command line, once well and once wrong, at the same time."""
+    backend = LocalBackend(2)
+    well, wrong = task(tmp_path, "well", "--version"), task(tmp_path, "wrong", "fti")
+    backend.start(well)
+    backend.start(wrong)
+    assert drain(backend, 2) == {"well": 0, "wrong": 2}
+    assert (tmp_path / "logs" / "well.out").read_text().startswith("lightning-dp ")
+    assert last_words(wrong, 2).startswith("Unknown command 'fti'; choose from fit")
+
+
+def test_an_interrupt_reaches_the_processes(tmp_path, monkeypatch):
+    """They run in groups of their own, so Ctrl-C is passed on; here to a stand-in for a long run."""
+    (tmp_path / "lightning_dp").mkdir()
+    (tmp_path / "lightning_dp" / "__main__.py").write_text(
+        "import pathlib, time\n"
+        "try:\n    pathlib.Path('started').touch(); time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    pathlib.Path('interrupted').touch()\n"
+    )
+    backend = LocalBackend(1)
+    backend.start(task(tmp_path))  # the working directory comes first on the path of -m
+    start = time.monotonic()
+    while not (tmp_path / "started").exists() and time.monotonic() - start < PATIENCE_S:
+        time.sleep(0.02)
+    backend.interrupt()
+    assert (tmp_path / "interrupted").exists()
+    assert backend.collect() == []
+
+
+def test_the_environment_of_a_run(tmp_path, monkeypatch):
+    """Threads are its own; the seed of planning is not."""
+    (tmp_path / "lightning_dp").mkdir()
+    (tmp_path / "lightning_dp" / "__main__.py").write_text(
+        "import os\nprint(os.environ['OMP_NUM_THREADS'], os.environ.get('PL_GLOBAL_SEED'))\n"
+    )
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    assert run_to_end(task(tmp_path)) == 0
+    assert (tmp_path / "logs" / "a.out").read_text() == "1 None\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "expected"),
+    [
+        ("Traceback\nRuntimeError: can't allocate memory\n\n", 1, "RuntimeError: can't allocate memory"),
+        ("lightning-dp: error: Missing: model.\n", 2, "Missing: model."),
+        ("", 1, "it said nothing on standard error"),
+        (
+            "step 3\n",
+            -signal.SIGKILL,
+            "killed by SIGKILL, as the system does when memory runs out; its last line: step 3",
+        ),
+        ("", -signal.SIGSEGV, "killed by SIGSEGV; its last line: it said nothing"),
+        ("", -999, "killed by signal 999"),
+    ],
+)
+def test_last_words(tmp_path, said, code, expected):
+    failed = task(tmp_path)
+    failed.log.parent.mkdir()
+    Path(f"{failed.log}.err").write_text(said)
+    assert last_words(failed, code).startswith(expected)
+
+
+def test_last_words_of_what_never_began(tmp_path):
+    assert last_words(task(tmp_path), 1) == "it said nothing on standard error"
+
+
+def test_jobs():
+    assert checked_jobs(3) == 3
+    with pytest.raises(ConfigurationError, match="Expected --jobs >= 1, got 0"):
+        checked_jobs(0)
+    assert 1 <= available_cpus() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
+def test_ray_that_is_not_installed():
+    with pytest.raises(ConfigurationError, match=r"needs the package ray.*pip install 'lightning-dp\[ray\]'"):
+        RayBackend("auto")
+
+
+@pytest.mark.slow
+def test_a_local_ray_cluster(tmp_path):
+    pytest.importorskip("ray")
+    backend = RayBackend("local", jobs=2)
+    backend.start(task(tmp_path, "well", "--version"))
+    backend.start(task(tmp_path, "wrong", "fti"))
+    assert drain(backend, 2) == {"well": 0, "wrong": 2}
+    assert (tmp_path / "logs" / "well.out").read_text().startswith("lightning-dp ")
+
+
+@pytest.mark.slow
+def test_no_ray_cluster_there():
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigurationError, match="Expected a Ray cluster at --address"):
+        RayBackend("127.0.0.1:1")
