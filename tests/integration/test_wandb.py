@@ -2,6 +2,7 @@
 
 import math
 import socket
+import time
 
 import pytest
 
@@ -32,6 +33,16 @@ def no_account(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
+def read_finished(path):
+    """Return rows and configuration once the last row is there: W&B's service closes the file after the run ended."""
+    for _ in range(600):
+        rows, config = read_history(path)
+        if any("cost/train_time_s" in row for row in rows):
+            return rows, config
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was never completed")
+
+
 def run_files(folder):
     return sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
 
@@ -40,7 +51,7 @@ def test_offline_is_the_default_when_not_logged_in(fit, tmp_path):
     outcome = fit("--wandb", "auto", "--trainer.max_steps", "3")
     assert outcome.code == 0, outcome.err
     (path,) = run_files(tmp_path / "run")
-    rows, config = read_history(path)
+    rows, config = read_finished(path)
 
     claim = read_json(tmp_path / "run" / "claim.json")
     card = read_json(tmp_path / "run" / "run_card.json")
@@ -60,7 +71,7 @@ def test_offline_is_the_default_when_not_logged_in(fit, tmp_path):
 def test_a_run_without_privacy_holds_no_epsilon(fit, tmp_path):
     assert fit("--wandb", "offline", "--mechanism", "NoPrivacy", "--trainer.max_steps", "2").code == 0
     (path,) = run_files(tmp_path / "run")
-    rows, _ = read_history(path)
+    rows, _ = read_finished(path)
     assert any("eval/fid" in row for row in rows)
     assert not [name for row in rows for name in row if "epsilon" in name]
     assert not [value for row in rows for value in row.values() if isinstance(value, float) and math.isinf(value)]

@@ -24,6 +24,8 @@ def payloads(data: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
         part = data[position + 7 : position + 7 + length]
+        if len(part) < length:
+            return  # still being written
         position += 7 + length
         if kind in (_FULL, _FIRST):
             parts = b""

@@ -1,0 +1,88 @@
+"""No run may leave out what its generator learned from, or the conditions under which that was released."""
+
+import pytest
+import torch
+
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from tests.cli.runs import read_json
+from tests.conftest import TinyData, callbacks_for, tiny_discriminator_gan, tiny_gan, trainer_for
+
+SHORT = ("--trainer.max_steps", "2", "--evaluate", "false")
+LONG = ("--trainer.max_steps", "4", "--evaluate", "false")
+
+
+class TestAnotherRunFolder:
+    @pytest.mark.parametrize(
+        ("flag", "value", "name"),
+        [("--privacy.insecure_seed", "1", "unverified"), ("--telemetry.raw", "true", "warnings")],
+    )
+    def test_conditions_of_the_old_run_are_not_dropped(self, fit, tmp_path, flag, value, name):
+        old, new = tmp_path / "old", tmp_path / "new"
+        assert fit(*SHORT, "--run_dir", old, flag, value).code == 0
+        outcome = fit(*LONG, "--run_dir", new, "--ckpt_path", old / "private" / "last.ckpt")
+        assert outcome.code == 2
+        assert name in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+        assert not (new / "claim.json").exists()
+        # Under the old conditions it may go on, and still says so.
+        assert (
+            fit(*LONG, "--run_dir", tmp_path / "on", "--ckpt_path", old / "private" / "last.ckpt", flag, value).code
+            == 0
+        )
+        claim = read_json(tmp_path / "on" / "claim.json")
+        assert claim["num_releases"] == 4
+        assert claim["assumptions" if name == "unverified" else name]
+
+    def test_another_partition_is_refused_wherever_the_run_goes_on(self, fit, tmp_path):
+        """One record would sit in two trained teachers."""
+        old = tmp_path / "old"
+        assert fit(*SHORT, "--run_dir", old).code == 0
+        other = ("--model.partition_key", "1")
+        for flags in (
+            ("--run_dir", old, "--ckpt_path", "last"),
+            ("--run_dir", tmp_path / "new", "--ckpt_path", old / "private" / "last.ckpt"),
+        ):
+            outcome = fit(*LONG, *flags, *other)
+            assert outcome.code == 2
+            assert "plan" in outcome.err
+            assert "'partition_key': 1" in outcome.err
+            assert len(outcome.err.splitlines()) == 1
+        assert fit(*LONG, "--run_dir", old, "--ckpt_path", "last").code == 0
+
+    def test_a_checkpoint_without_its_ledger_is_refused(self, fit, tmp_path):
+        old, emptied = tmp_path / "old", tmp_path / "emptied.ckpt"
+        assert fit(*SHORT, "--run_dir", old).code == 0
+        checkpoint = torch.load(old / "private" / "last.ckpt", weights_only=True)
+        torch.save(checkpoint | {"callbacks": {}}, emptied)
+        outcome = fit(*LONG, "--run_dir", tmp_path / "new", "--ckpt_path", emptied)
+        assert outcome.code != 0
+        assert "learned from 2 releases, but the ledger holds 0" in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+        assert len(PrivacyLedger.read(tmp_path / "new" / "ledger.jsonl")) == 0
+
+
+class TestSecondFit:
+    @pytest.mark.parametrize("make", [tiny_gan, tiny_discriminator_gan])
+    def test_fresh_callbacks_cannot_forget_the_first(self, tmp_path, make):
+        module = make()
+        trainer_for(tmp_path, callbacks_for(), 3).fit(module, datamodule=TinyData())
+        with pytest.raises(PrivacyProtocolError, match="learned from 3 releases, but the ledger holds 0"):
+            trainer_for(tmp_path, callbacks_for(), 3).fit(module, datamodule=TinyData())
+
+    def test_the_same_ledger_file_goes_on(self, tmp_path):
+        module, path = tiny_gan(), tmp_path / "ledger.jsonl"
+        for steps in (2, 4):
+            callbacks = callbacks_for(ledger_path=path, target_epsilon=None, noise_multiplier=5.0)
+            trainer_for(tmp_path, callbacks, steps).fit(module, datamodule=TinyData())
+        assert len(PrivacyLedger.read(path)) == 4
+
+    def test_the_number_is_saved_with_the_weights(self, tmp_path):
+        """Whatever a method does in its own checkpoint hooks."""
+        module, path = tiny_gan(), tmp_path / "ledger.jsonl"
+        trainer = trainer_for(tmp_path, callbacks_for(ledger_path=path), 3)
+        trainer.fit(module, datamodule=TinyData())
+        copied = tiny_gan()
+        copied.load_state_dict(module.state_dict())
+        with pytest.raises((PrivacyProtocolError, ConfigurationError), match="learned from 3 releases"):
+            trainer_for(tmp_path, callbacks_for(), 3).fit(copied, datamodule=TinyData())
