@@ -60,7 +60,7 @@ MISTAKES = {
     "unknown relation": (["--privacy.neighboring_relation", "replace_two"], ["add_or_remove_one, replace_one"]),
     "relation without a proof": (
         ["--privacy.neighboring_relation", "add_or_remove_one"],
-        ["no proof", "replace_one", "--model.partition hash"],
+        ["no proof", "replace_one, replace_special", "stable record ids", "batch size"],
     ),
     "class-wise batch": (["--model.images_per_step", "25"], ["multiple of the 10 classes", "images_per_step=25"]),
     "records": (["--data.num_train", "4001"], ["num_train <= 4000", "num_train=4001"]),
@@ -95,6 +95,10 @@ MISTAKES = {
     "option of a callback": (
         ["--trainer.callbacks", "{class_path: callbacks.SampleGrid, init_args: {path: x, per_class: 0}}"],
         ["per_class"],
+    ),
+    "another checkpoint": (
+        ["--trainer.callbacks", "{class_path: ModelCheckpoint, init_args: {dirpath: x, every_n_train_steps: 1}}"],
+        ["ModelCheckpoint", "outside private/", "private/last.ckpt"],
     ),
     "logger": (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x"], ["trainer.logger", "leave it out"]),
     "accelerator": (["--trainer.accelerator", "gpux"], ["gpux", "cpu"]),
@@ -187,7 +191,7 @@ def test_a_setting_given_twice_is_refused(cli, tmp_path, path):
 
 
 COMMANDS = {
-    "unknown command": (["fitt"], ["choose from fit, sample, evaluate, account, data", "Did you mean fit?"]),
+    "unknown command": (["fitt"], ["choose from fit, sample, evaluate, account, ", "Did you mean fit?"]),
     "fit of nothing": (["fit"], ["Missing", "--config FILE", "configuration"]),
     "no configuration": (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml", "configs/experiment"]),
     "configuration is a folder": (["fit", "--config", "."], ["configuration file", "configs/experiment"]),
