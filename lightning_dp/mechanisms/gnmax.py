@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, zero_non_finite
 
-# Projections are summed in whole numbers, exactly. The order of a floating-point sum depends on the number of rows, and a
-# vote that its last bit tips into another bin would let one record move the votes of others.
+# Projections are summed in whole numbers, exactly. The order of a floating-point sum depends on the number of rows, and
+# a vote that its last bit tips into another bin would let one record move the votes of others.
 _NORMAL_BITS = 15  # normal entries are multiples of 2^-15, and at most 2^3
 _ROW_RANGE_BITS = 9  # entries of rows count up to 2^9 max_value
 _EXACT_BITS = 53  # whole numbers below 2^53 are exact in float64
