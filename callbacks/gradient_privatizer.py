@@ -110,8 +110,10 @@ class GradientPrivatizer(pl.Callback):
             "accountant": settings.accountant,
             "unverified": ["that noise is secret: privacy.insecure_seed fixes it"]
             * (settings.insecure_seed is not None),
+            "conditional_on": list(pl_module.conditional_on),
             "warnings": ["telemetry.raw was on: logs hold numbers without noise and must stay private"]
             * self.raw_telemetry,
+            "plan": pl_module.public_plan(),
             "dataset": data.name,
             "num_records": data.num_records,
             "fingerprint": data.fingerprint,
@@ -122,10 +124,11 @@ class GradientPrivatizer(pl.Callback):
             _logger.info(f"{plan}, which bounds nothing: the run is not private.")
             return
         budgeted = f"budget epsilon={budget.epsilon:.4g} at delta={budget.delta:g}, {header['relation']}"
+        if header["unverified"] or header["conditional_on"]:
+            budgeted = f"no epsilon can be stated; it rests on {[*header['unverified'], *header['conditional_on']][0]}"
         _logger.info(
             f"{plan}, noise multiplier {budget.noise_multiplier:.4g} (noise std "
-            f"{self.mechanism.noise_std(self._plan):.4g}), "
-            f"{budgeted if not header['unverified'] else 'not private: ' + header['unverified'][0]}."
+            f"{self.mechanism.noise_std(self._plan):.4g}), {budgeted}."
         )
 
     @override

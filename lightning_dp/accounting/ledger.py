@@ -26,6 +26,18 @@ _SAME_DATA = ("relation", "unit", "dataset", "fingerprint", "num_records")
 """Header fields in which two ledgers must agree to be about the same privacy of the same records."""
 
 
+_SAME_CLAIM: dict[str, Any] = {
+    "mechanism": None,
+    "target_delta": None,
+    "accountant": "auto",
+    "conditional_on": [],
+    "unverified": [],
+    "warnings": [],
+    "plan": None,
+}
+"""Header fields on which a claim rests, and what a missing one says: releases keep them wherever they are carried."""
+
+
 @dataclass(frozen=True)
 class LedgerEntry:
     """One release.
@@ -244,10 +256,12 @@ class PrivacyLedger:
             How many entries were appended.
 
         Raises:
-            LedgerError: The state is altered or incomplete, or about other records, another relation or another unit.
+            LedgerError: The state is altered or incomplete, or about other records, another relation or another unit,
+                or its claim would rest on something else (noise that was not secret, another partition).
         """
         header, theirs = parse_state(state)
         self._check_same_data(header)
+        self._check_same_claim(header)
         missing = [
             run
             for writer in dict.fromkeys(run.writer for run in theirs)
@@ -290,6 +304,16 @@ class PrivacyLedger:
                 raise LedgerError(
                     f"Expected a ledger with {name}={ours!r}, got {name}={other!r}. "
                     "Only ledgers of the same records under the same relation can be continued or merged."
+                )
+
+    def _check_same_claim(self, header: Mapping[str, Any]) -> None:
+        """Refuse releases whose conditions this header does not state: here they would count as unconditional."""
+        for name, missing in _SAME_CLAIM.items():
+            ours, other = self._header.get(name, missing), header.get(name, missing)
+            if ours != other:
+                raise LedgerError(
+                    f"Expected a ledger with {name}={ours!r}, got {name}={other!r}. Resume with the settings under "
+                    "which its releases were made, or start a new run without that checkpoint."
                 )
 
     def _remember(self, run: Run) -> None:

@@ -74,20 +74,18 @@ class ContributionSpec:
     sampling_note: str = "every row takes part in every release"
 
     @classmethod
-    def teachers(
-        cls, *, num_teachers: int, vectors_per_row: int, vector_dim: int, partition: Literal["permutation", "hash"]
-    ) -> "ContributionSpec":
+    def teachers(cls, *, num_teachers: int, vectors_per_row: int, vector_dim: int) -> "ContributionSpec":
         """Describe teachers that all judge all fake images; each record sits with exactly one teacher.
 
         A record reaches one teacher, which still votes when the record is gone, so every supported relation moves one
-        row arbitrarily: 2 sqrt(k) per image for votes (teacher_gans, adjacency table). A fixed permutation of slots
-        proves replace-one and replace-special (the record becomes empty); a keyed hash of record ids, in which no
-        other record moves when one leaves, proves add-or-remove-one too.
+        row arbitrarily: 2 sqrt(k) per image for votes (teacher_gans, adjacency table). Both partitions prove
+        replace-one and replace-special (the record becomes empty), under which the number of records N stays.
+
+        Add-or-remove-one has no proof, not even under a keyed hash: ids are positions in the file, so the records
+        behind one that leaves would change their teachers, and the batch of every trained teacher follows N. Wanted
+        are stable record ids and a batch size that does not depend on N.
         """
         one = (RowChange(num_replaced=1),)
-        changes = {_REPLACE: one, _ZERO_OUT: one}
-        if partition == "hash":
-            changes[_ADD_REMOVE] = one
         return cls(
             kind="teacher",
             unit="record (through the one teacher that holds it)",
@@ -95,7 +93,7 @@ class ContributionSpec:
             vector_dim=vector_dim,
             rows_per_vector=float(num_teachers),
             max_rows_per_vector=num_teachers,
-            changes=changes,
+            changes={_REPLACE: one, _ZERO_OUT: one},
             num_vectors=vectors_per_row,
         )
 
@@ -108,13 +106,13 @@ class ContributionSpec:
         images_per_class: int,
         vector_dim: int,
         single_record: bool,
-        partition: Literal["permutation", "hash"],
     ) -> "ContributionSpec":
         """Describe a separate stateless teacher per (shard, label) that judges only the images of its own label.
 
         It abstains when it holds no record of its label. Replacing a record by one of the same label moves one row
         arbitrarily; by one of another label, two rows, which judge disjoint images. With exactly one record per shard
-        the second case is one row falling silent and one starting to speak.
+        the second case is one row falling silent and one starting to speak. Add-or-remove-one has no proof, for the
+        reasons given in `teachers`.
 
         Args:
             num_teachers: Shards.
@@ -122,7 +120,6 @@ class ContributionSpec:
             images_per_class: Fixed public number of fake images of each label in a release.
             vector_dim: Length of the vector judged per image.
             single_record: Every shard holds exactly one record.
-            partition: How records were dealt to shards.
         """
         if single_record:
             replace = (RowChange(num_replaced=1), RowChange(num_toggled=2))
@@ -130,9 +127,6 @@ class ContributionSpec:
         else:
             replace = (RowChange(num_replaced=1), RowChange(num_replaced=2))
             leave = (RowChange(num_replaced=1),)
-        changes = {_REPLACE: replace, _ZERO_OUT: leave}
-        if partition == "hash":
-            changes[_ADD_REMOVE] = leave
         return cls(
             kind="teacher",
             unit="record (through the one teacher that holds it)",
@@ -140,7 +134,7 @@ class ContributionSpec:
             vector_dim=vector_dim,
             rows_per_vector=num_teachers / num_classes if single_record else float(num_teachers),
             max_rows_per_vector=num_teachers,
-            changes=changes,
+            changes={_REPLACE: replace, _ZERO_OUT: leave},
             num_vectors=images_per_class * num_classes,
             has_fixed_rows=False,  # who holds a record of a label decides who speaks
         )
@@ -192,6 +186,8 @@ class ContributionSpec:
             known = ", ".join(sorted(relation_name(r) for r in self.changes))
             raise ConfigurationError(
                 f"privacy.neighboring_relation={relation_name(relation)} has no proof for these contributions; "
-                f"choose one of: {known}. (add_or_remove_one needs --model.partition hash for teachers.)"
+                f"choose one of: {known}."
+                + " (For teachers, add_or_remove_one lacks stable record ids and a batch size that does not follow the "
+                "number of records.)" * (self.kind == "teacher")
             )
         return self.changes[relation]

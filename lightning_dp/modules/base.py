@@ -76,6 +76,7 @@ class PrivateModule(pl.LightningModule, ABC):
         self._session: ReleaseSession | None = None
         self._guard: ReleaseGuard | None = None
         self._facts: PublicFacts | None = None
+        self._absorbed_releases = 0  # saved with the weights: no ledger can forget what they learned from
         self.planned_releases = 0
         self.logs_raw = False
         self.insecure_seed: int | None = None
@@ -145,6 +146,19 @@ class PrivateModule(pl.LightningModule, ABC):
         """How units enter a release; the default is that all of them do."""
         return Sampling(scheme="full")
 
+    def public_plan(self) -> dict[str, Any]:
+        """Return public facts of the method, JSON-able, that must stay the same for as long as a run goes on.
+
+        They stand in the ledger's header, so a resume with others is refused. A method adds whatever its proof holds
+        fixed over releases (who holds which record).
+        """
+        return {"method": type(self).__name__}
+
+    @property
+    def conditional_on(self) -> tuple[str, ...]:
+        """Components whose privacy is taken for granted, in words; any makes the claim CONDITIONAL, without an epsilon."""
+        return ()
+
     # The door --------------------------------------------------------------------------------------------------------
 
     def attach(self, session: ReleaseSession, optimizers: Iterable[Optimizer]) -> None:
@@ -153,11 +167,28 @@ class PrivateModule(pl.LightningModule, ABC):
         Args:
             session: The door.
             optimizers: All optimizers of the run; those of released networks are watched.
+
+        Raises:
+            PrivacyProtocolError: The ledger does not hold all releases that the module has learned from.
         """
+        if len(session.ledger) < self._absorbed_releases:
+            raise PrivacyProtocolError(
+                f"This module has learned from {self._absorbed_releases} releases, but the ledger holds "
+                f"{len(session.ledger)}: its claim would leave some out. Continue with the run's own ledger and an "
+                "unchanged checkpoint, or start from a new module."
+            )
         self._session = session
         self._guard = ReleaseGuard(self._released_parameters())
         for optimizer in optimizers:
             self._guard.watch(optimizer)
+
+    @override
+    def get_extra_state(self) -> dict[str, int]:
+        return {"absorbed_releases": self._absorbed_releases}
+
+    @override
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._absorbed_releases = state["absorbed_releases"]
 
     def release(self, chunks: Iterable[RowChunk], shape: tuple[int, int]) -> Released:
         """Turn private rows into one released value; once per training step.
@@ -171,7 +202,9 @@ class PrivateModule(pl.LightningModule, ABC):
         """
         if self._session is None:
             raise PrivacyProtocolError(_NO_PRIVATIZER)
-        return self._session.release(chunks, shape, self.device)
+        released = self._session.release(chunks, shape, self.device)
+        self._absorbed_releases += 1
+        return released
 
     def reference(self, rows: PublicRows, shape: tuple[int, int], *, number: int, num_rows: int) -> Tensor:
         """Pass public rows through the encoding of release `number`, without noise (see `ReleaseSession.reference`)."""

@@ -123,6 +123,18 @@ class TeacherEnsembleGAN(PrivateModule):
             )
         data.teacher_partition(self._num_teachers, method=self.partition, key=self.partition_key)
 
+    @override
+    def public_plan(self) -> dict[str, Any]:
+        # Another partition in mid-run would put a record into two trained teachers.
+        return super().public_plan() | {
+            "teachers": type(self.teachers).__name__,
+            "num_teachers": self._num_teachers,
+            "partition": self.partition,
+            "partition_key": self.partition_key,
+            "images_per_step": self.images_per_step,
+            "vector_dim": self.vector_dim,
+        }
+
     @property
     def vector_dim(self) -> int:
         """Length of the vector that teachers judge for one image."""
@@ -142,13 +154,11 @@ class TeacherEnsembleGAN(PrivateModule):
                 images_per_class=self.images_per_step // self.generator.num_classes,
                 vector_dim=self.vector_dim,
                 single_record=structure.single_record,
-                partition=self.partition,
             )
         return ContributionSpec.teachers(
             num_teachers=self._num_teachers,
             vectors_per_row=structure.images_per_row,
             vector_dim=self.vector_dim,
-            partition=self.partition,
         )
 
     @override

@@ -481,3 +481,41 @@ def test_states_about_something_else_are_refused(changed):
     other = PrivacyLedger(HEADER | changed, None)
     with pytest.raises(LedgerError, match=f"with {next(iter(changed))}="):
         PrivacyLedger(HEADER, None).merge(other.state_dict())
+
+
+CLAIM_HEADER = HEADER | {
+    "mechanism": "TopAgg",
+    "target_delta": 1e-5,
+    "unverified": [],
+    "warnings": [],
+    "plan": {"key": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"unverified": ["that noise is secret"]},
+        {"warnings": ["telemetry.raw was on"]},
+        {"conditional_on": ["a public encoder"]},
+        {"mechanism": "Gaussian"},
+        {"target_delta": 1e-3},
+        {"accountant": "rdp"},
+        {"plan": {"key": 1}},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_releases_cannot_be_carried_out_of_the_claim_they_were_made_under(changed):
+    """Counts without their header's conditions would be PROVED by the ledger that takes them."""
+    theirs, ours = PrivacyLedger(CLAIM_HEADER | changed, None), PrivacyLedger(CLAIM_HEADER, None)
+    for from_, to in ((theirs, ours), (ours, theirs)):
+        with pytest.raises(LedgerError, match=rf"with {next(iter(changed))}=.*start a new run") as caught:
+            to.merge(from_.state_dict())
+        assert "\n" not in str(caught.value)
+        assert len(to) == 0
+
+
+def test_a_missing_condition_is_none():
+    """Ledgers of older runs leave out what they have nothing to say of."""
+    older = {name: value for name, value in CLAIM_HEADER.items() if name not in ("unverified", "warnings")}
+    assert PrivacyLedger(CLAIM_HEADER, None).merge(PrivacyLedger(older, None).state_dict()) == 0

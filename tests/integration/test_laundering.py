@@ -9,7 +9,7 @@ from tests.cli.runs import read_json
 from tests.conftest import TinyData, callbacks_for, tiny_discriminator_gan, tiny_gan, trainer_for
 
 SHORT = ("--trainer.max_steps", "2", "--evaluate", "false")
-LONG = ("--trainer.max_steps", "4", "--evaluate", "false")
+LONG = ("--trainer.max_steps", "4", "--evaluate", "false", "--privacy.target_epsilon", "20")
 
 
 class TestAnotherRunFolder:

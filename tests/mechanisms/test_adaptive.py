@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_mechanism_is_refused():
 
 
 def test_several_vectors_a_row_and_teachers_are_refused():
-    teachers = ContributionSpec.teachers(num_teachers=4, vectors_per_row=1, vector_dim=4, partition="permutation")
+    teachers = ContributionSpec.teachers(num_teachers=4, vectors_per_row=1, vector_dim=4)
     with pytest.raises(ConfigurationError, match="no proof for teacher"):
         AdaptiveGaussian().check(teachers)
 

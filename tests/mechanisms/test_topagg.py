@@ -21,9 +21,7 @@ ZERO_OUT = NeighboringRelation.REPLACE_SPECIAL
 
 
 def teachers(num_teachers: int = 10, q: int = 1, d: int = 8) -> ContributionSpec:
-    return ContributionSpec.teachers(
-        num_teachers=num_teachers, vectors_per_row=q, vector_dim=d, partition="permutation"
-    )
+    return ContributionSpec.teachers(num_teachers=num_teachers, vectors_per_row=q, vector_dim=d)
 
 
 class TestTopAggSigns(MechanismContract):
@@ -234,7 +232,6 @@ class TestClassWiseSensitivity:
             images_per_class=per_class,
             vector_dim=d,
             single_record=single,
-            partition="permutation",
         )
         mechanism = TopAgg(top_k=k)
         before = self.total(mechanism, labels, seeds, num_classes, per_class, d, spec)
@@ -264,7 +261,7 @@ class TestClassWiseSensitivity:
         k, per_class, d = 2, 2, 5
         mechanism = TopAgg(top_k=k)
         make = ContributionSpec.class_wise_teachers
-        common = {"num_classes": 3, "images_per_class": per_class, "vector_dim": d, "partition": "permutation"}
+        common = {"num_classes": 3, "images_per_class": per_class, "vector_dim": d}
         shared = make(num_teachers=3, single_record=False, **common)
         single = make(num_teachers=3, single_record=True, **common)
         row = torch.randn(1, per_class, d)
