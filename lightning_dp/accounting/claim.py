@@ -18,6 +18,8 @@ DEFAULT_NOT_COVERED: tuple[str, ...] = (
     "the choice of hyper-parameters, if it looked at the private records",
     "the set of labels and the number of records, which are treated as public",
     "the gap between real-valued noise and the floating-point sampler",
+    "time and memory that the run took",
+    "other runs on the same records (each ledger speaks for itself)",
 )
 """What an epsilon of ours never covers unless a method says otherwise."""
 

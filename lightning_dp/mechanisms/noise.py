@@ -3,17 +3,21 @@
 Every draw comes from a fresh counter-based generator (NumPy's Philox-4x64) whose 128-bit key is the BLAKE2b hash of
 the process secret and the draw's name. The result does not depend on the order of the draws, on chunking or on the
 rank. The secret is read from the operating system at every process start, lives in memory only, and is never logged,
-pickled or saved, so a resumed run cannot repeat noise. Philox is not a cryptographic generator: the guarantee covers
-observers who see released values, not one who can invert Philox from them.
+pickled or saved, so a resumed run cannot repeat noise; a forked child, which would repeat its parent's, is refused.
+Philox is not a cryptographic generator: the guarantee covers observers who see released values, not one who can invert
+Philox from them.
 """
 
 import hashlib
+import os
 import secrets
 from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_dp.errors import PrivacyProtocolError
 
 
 class NoiseSource:
@@ -25,6 +29,7 @@ class NoiseSource:
 
     def __init__(self, *, insecure_seed: int | None = None) -> None:
         self.is_secret = insecure_seed is None
+        self._process = os.getpid()
         if insecure_seed is None:
             self._secret = secrets.token_bytes(32)
         else:
@@ -80,6 +85,11 @@ class NoiseSource:
         return int.from_bytes(self._key(release_number, f"coins:{block}")[:8], "big") >> 1
 
     def _key(self, release_number: int, leaf: str) -> bytes:
+        if os.getpid() != self._process:
+            raise PrivacyProtocolError(
+                "Noise was asked for in a forked child process, which would draw its parent's noise over again. "
+                "Release in the process that made the NoiseSource, or make a new one in the child."
+            )
         name = f"{release_number}/{leaf}".encode()
         return hashlib.blake2b(name, key=self._secret, digest_size=16).digest()
 

@@ -1,10 +1,13 @@
 import copy
+import os
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_dp.errors import PrivacyProtocolError
 from lightning_dp.mechanisms.noise import NoiseSource
 
 
@@ -72,3 +75,30 @@ def test_secret_cannot_be_saved_or_shown():
 def test_bad_std_is_refused(std):
     with pytest.raises(ValueError, match="noise std"):
         NoiseSource().gaussian((3,), std=std, release_number=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_cannot_repeat_its_parents_noise():
+    source = NoiseSource()
+    asked = (
+        lambda: draw(source, 1),
+        lambda: source.generator(release_number=1, leaf="noise"),
+        lambda: source.coin_seed(release_number=1, block=0),
+    )
+
+    def refusals() -> int:
+        count = 0
+        for ask in asked:
+            try:
+                ask()
+            except PrivacyProtocolError:
+                count += 1
+        return count
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads; the child only hashes
+        child = os.fork()
+    if child == 0:
+        os._exit(refusals())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(asked)
+    assert refusals() == 0
