@@ -76,13 +76,15 @@ def _read_table(path: Path) -> np.ndarray:
     try:
         with gzip.open(path, "rt", encoding="ascii") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except ValueError:  # its text quotes the table
+        reason = "something else than rows of numbers 0..255"
+        raise DataError(f"Expected a readable table of digits in {path}, got: {reason}. {_MEND}") from None
+    except (OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"Expected a readable table of digits in {path}, got: {reason}. {_MEND}") from error
-    found = hashlib.sha256(table.tobytes()).hexdigest()
-    if table.shape != (10 * _PER_CLASS, 785) or found != _SHA256:
+    if table.shape != (10 * _PER_CLASS, 785) or hashlib.sha256(table.tobytes()).hexdigest() != _SHA256:
         raise DataError(
             f"Expected shape=(5000, 785) with SHA-256 {_SHA256} of the decoded bytes of {path}, "
-            f"got shape={table.shape} with {found}. {_MEND}"
+            f"got shape={table.shape} with another one. {_MEND}"
         )
     return table
