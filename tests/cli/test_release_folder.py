@@ -187,3 +187,13 @@ def test_samples_come_from_the_copied_folder_alone(cli, trained, tmp_path):
     here, there = np.load(tmp_path / "here.npz"), np.load(tmp_path / "there.npz")
     assert (here["images"] == there["images"]).all()
     assert here["images"].std() > 0
+
+
+def test_only_the_owner_enters_the_private_folder(finished_run):
+    assert (finished_run / "private").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_private_folder_that_was_open_is_shut(tmp_path):
+    (tmp_path / "run" / "private").mkdir(parents=True, mode=0o755)
+    make_run_dir(tmp_path / "run")
+    assert (tmp_path / "run" / "private").stat().st_mode & 0o777 == 0o700
