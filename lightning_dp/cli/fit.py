@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from callbacks import (
@@ -249,13 +249,16 @@ def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[
 
 
 def make_run_dir(folder: Path) -> None:
-    """Make the run folder and check that it can be written.
+    """Make the run folder, check that it can be written, and shut its private part to other users.
 
     Raises:
         ConfigurationError: It cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        private = folder / PRIVATE_FOLDER
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)  # one that was there before
         probe = folder / ".writable"
         probe.write_text("")
         probe.unlink()
@@ -271,6 +274,12 @@ def _refuse_own(trainer: Any) -> None:
         if isinstance(callback, GradientPrivatizer | PrivacyAccountant):
             raise ConfigurationError(
                 f"trainer.callbacks holds a {type(callback).__name__}; --mechanism and --privacy already make one."
+            )
+        if isinstance(callback, Checkpoint):
+            raise ConfigurationError(
+                f"trainer.callbacks holds a {type(callback).__name__}, which would write teachers and optimizer states "
+                "outside private/; leave it out: the run saves private/last.ckpt itself (--checkpoint_every sets how "
+                "often)."
             )
     if trainer.max_epochs not in (None, -1) or trainer.min_epochs is not None or trainer.min_steps is not None:
         raise ConfigurationError(
