@@ -27,8 +27,9 @@ class TeacherPartition:
       key, so removing or adding a record moves no other; shards are unequal and may be empty. The id here is the
       position in the published file; for records whose positions shift, call `hash_assignment` with stable ids.
 
-    Guarantee: one record replaced (both methods), added or removed ("hash") changes exactly one shard. The key is
-    public: secrecy is not needed, independence of the data is. It must be chosen without looking at the records.
+    Guarantee: one record replaced (both methods), or added or removed ("hash", under stable ids, which positions in a
+    file are not: methods claim no add-or-remove-one) changes exactly one shard. The key is public: secrecy is not
+    needed, independence of the data is. It must be chosen without looking at the records.
 
     Args:
         num_records: Number of records N, >= 1. Ids are the positions 0 .. N-1.
