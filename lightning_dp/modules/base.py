@@ -156,7 +156,7 @@ class PrivateModule(pl.LightningModule, ABC):
 
     @property
     def conditional_on(self) -> tuple[str, ...]:
-        """Components whose privacy is taken for granted, in words; any makes the claim CONDITIONAL, without an epsilon."""
+        """Components taken as public without a proof, in words; any makes the claim CONDITIONAL, without an epsilon."""
         return ()
 
     # The door --------------------------------------------------------------------------------------------------------
