@@ -107,6 +107,7 @@ def test_a_ledger_torn_by_the_kill_is_mended_and_charged(cli, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # nine starts of Python, on whatever machine
 def test_killed_many_times_at_random_moments(cli, tmp_path):
     """Kills at start-up, between releases, or while a checkpoint is written: the ledger grows and never loses."""
     run_dir, every = tmp_path / "run", ("--checkpoint_every", 5)
