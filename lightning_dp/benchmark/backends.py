@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing_extensions import override
 from lightning_dp.errors import ConfigurationError
 
 _PATIENCE_S = 60.0  # for an interrupted run to write its last words
+_PATIENCE_CONNECT_S = 5.0
 _POLL_S = 0.2
 _NOT_FOR_CHILDREN = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # planning in this process sets them
 
@@ -139,8 +141,9 @@ class RayBackend(Backend):
             )
         self._ray: Any = importlib.import_module("ray")
         ray = self._ray
+        check_reachable(address)
         try:
-            ray.init(address=address or "auto", ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigurationError(
                 f"Expected a Ray cluster at --address {address or 'auto'}, got: {' '.join(str(error).split())} "
@@ -172,6 +175,27 @@ class RayBackend(Backend):
             return int(self._ray.get(ref))
         except self._ray.exceptions.RayError:
             return -int(signal.SIGKILL)  # the worker died: out of memory, or its node is gone
+
+
+def check_reachable(address: str | None) -> None:
+    """Refuse the address of a cluster at which nobody answers; Ray itself would try for minutes and end the process.
+
+    Args:
+        address: `HOST:PORT`, `ray://HOST:PORT`, or a name that Ray resolves ("auto", "local"), which is not checked.
+
+    Raises:
+        ConfigurationError: Nobody answers.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigurationError(
+            f"Expected a Ray cluster at --address {address}, got: {error}. Start one with 'ray start --head', or give "
+            "--address local."
+        ) from None
 
 
 def run_to_end(task: Task) -> int:

@@ -9,6 +9,7 @@ from lightning_dp.mechanisms.gnmax import GNMax
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
+from lightning_dp.modules.dp2vae import DP2VAE
 from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.sinkhorn import DPSinkhorn
@@ -25,6 +26,7 @@ from lightning_dp.networks.vae import ConvDecoder, ConvEncoder, CosineDecoder, C
 from lightning_dp.networks.wide_resnet import WideResNet
 
 __all__ = [
+    "DP2VAE",
     "DPGAN",
     "DPVAE",
     "MNIST",

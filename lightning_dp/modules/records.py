@@ -177,6 +177,10 @@ class RecordModule(PoissonModule):
         parameters = trainable_parameters(network).values()
         rows = self.record_rows(self.draw_records())
         self.assign_released(parameters, self.release(rows, (1, sum(p.numel() for p in parameters))))
+        self.step_optimizer()
+
+    def step_optimizer(self) -> None:
+        """Let the one optimizer take a step on what was released, and finish the training step."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr, call-arg]

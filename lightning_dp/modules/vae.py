@@ -145,8 +145,14 @@ class DPVAE(RecordModule):
         mean, log_variance = network.encoder(image, label)  # type: ignore[operator]
         latent = mean + (0.5 * log_variance).exp() * draws[0]  # (K, m)
         logits = network.decoder.logits(latent, label.expand(len(latent)))  # type: ignore[union-attr, operator]
+        return self.misfit(logits, image).mean() + self.kl_weight * self.divergence(mean, log_variance).sum()
+
+    def misfit(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Return minus the log likelihood of images, (B,), under the chosen distribution of pixels."""
         if self.likelihood == "bernoulli":
-            misfit = bernoulli_nll(logits, image)
-        else:
-            misfit = gaussian_nll(logits, image, std=self.pixel_std)
-        return misfit.mean() + self.kl_weight * kl_to_standard_normal(mean, log_variance).sum()
+            return bernoulli_nll(logits, images)
+        return gaussian_nll(logits, images, std=self.pixel_std)
+
+    def divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """Return the divergence of the encoder's distributions from the prior, (B,)."""
+        return kl_to_standard_normal(mean, log_variance)

@@ -14,6 +14,7 @@ from lightning_dp.benchmark.backends import (
     RayBackend,
     Task,
     available_cpus,
+    check_reachable,
     checked_jobs,
     last_words,
     run_to_end,
@@ -45,19 +46,29 @@ def test_processes_end_with_their_codes_and_words(tmp_path):
     assert last_words(wrong, 2).startswith("Unknown command 'fti'; choose from fit")
 
 
-def test_an_interrupt_reaches_the_processes(tmp_path, monkeypatch):
-    """They run in groups of their own, so Ctrl-C is passed on; here to a stand-in for a long run."""
+def stand_in(tmp_path):
+    """Return a task that sleeps until it is interrupted; the working directory comes first on the path of -m."""
     (tmp_path / "lightning_dp").mkdir()
     (tmp_path / "lightning_dp" / "__main__.py").write_text(
         "import pathlib, time\n"
         "try:\n    pathlib.Path('started').touch(); time.sleep(600)\n"
         "except KeyboardInterrupt:\n    pathlib.Path('interrupted').touch()\n"
     )
-    backend = LocalBackend(1)
-    backend.start(task(tmp_path))  # the working directory comes first on the path of -m
+    return task(tmp_path)
+
+
+def wait_for(path):
     start = time.monotonic()
-    while not (tmp_path / "started").exists() and time.monotonic() - start < PATIENCE_S:
+    while not path.exists():
+        assert time.monotonic() - start < PATIENCE_S, path
         time.sleep(0.02)
+
+
+def test_an_interrupt_reaches_the_processes(tmp_path):
+    """They run in groups of their own, so Ctrl-C is passed on."""
+    backend = LocalBackend(1)
+    backend.start(stand_in(tmp_path))
+    wait_for(tmp_path / "started")
     backend.interrupt()
     assert (tmp_path / "interrupted").exists()
     assert backend.collect() == []
@@ -114,9 +125,16 @@ def test_ray_that_is_not_installed():
         RayBackend("auto")
 
 
+@pytest.fixture
+def ray():
+    """Ray, shut down when the test is over."""
+    module = pytest.importorskip("ray")
+    yield module
+    module.shutdown()
+
+
 @pytest.mark.slow
-def test_a_local_ray_cluster(tmp_path):
-    pytest.importorskip("ray")
+def test_a_local_ray_cluster(ray, tmp_path):
     backend = RayBackend("local", jobs=2)
     backend.start(task(tmp_path, "well", "--version"))
     backend.start(task(tmp_path, "wrong", "fti"))
@@ -125,7 +143,26 @@ def test_a_local_ray_cluster(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_ray_cluster_there():
-    pytest.importorskip("ray")
-    with pytest.raises(ConfigurationError, match="Expected a Ray cluster at --address"):
-        RayBackend("127.0.0.1:1")
+def test_an_interrupt_reaches_a_ray_task(ray, tmp_path):
+    backend = RayBackend("local", jobs=1)
+    backend.start(stand_in(tmp_path))
+    wait_for(tmp_path / "started")
+    backend.interrupt()
+    wait_for(tmp_path / "interrupted")
+
+
+@pytest.mark.slow
+def test_no_ray_cluster_on_this_machine(ray):
+    with pytest.raises(ConfigurationError, match=r"Expected a Ray cluster at --address auto.*ray start --head"):
+        RayBackend()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_nobody_answers_at_an_address(address):
+    with pytest.raises(ConfigurationError, match=f"Expected a Ray cluster at --address {address}, got: "):
+        check_reachable(address)
+
+
+@pytest.mark.parametrize("address", [None, "auto", "local"])
+def test_names_are_left_to_ray(address):
+    check_reachable(address)

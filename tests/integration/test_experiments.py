@@ -28,6 +28,7 @@ SMALLER_MODELS = {
     "TeacherEnsembleGAN": ("--model.images_per_step", "10"),
     "DPSGDClassifier": RECORDS,
     "DPVAE": RECORDS,
+    "DP2VAE": RECORDS,
     "DPGAN": (*RECORDS, "--model.generator.width", "8", "--model.critic.width", "8"),
 }
 
