@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import pytorch_lightning as pl
 import torch
+from hypothesis import settings
 
 from callbacks import GradientPrivatizer, PrivacyAccountant
 from datamodules.base import ImageDataModule, ImageSplits
@@ -22,6 +23,11 @@ from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.dct import DCTGenerator
 
 torch.set_num_threads(1)
+
+# The same examples on every machine; `HYPOTHESIS_PROFILE=explore` draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 class TinyData(ImageDataModule):

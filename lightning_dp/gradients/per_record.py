@@ -9,6 +9,8 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_dp.gradients.teachers import RowChunk
 
+_CACHED_ENTRIES = 2**20
+
 RecordLoss = Callable[..., Tensor]
 """Takes the network and one record (each of its tensors with a leading axis of length 1); returns a scalar."""
 
@@ -47,7 +49,7 @@ def per_record_rows(
         ids: Stable row ids, int64, (n,); positions in the batch if None.
 
     Yields:
-        Chunks with values (n, 1, D), the gradients (not descent directions), private.
+        Chunks of at most `chunk_size` records, values (n, 1, D): gradients (not descent directions), private.
 
     Raises:
         ValueError: `chunk_size` is below 1, or the tensors of `records` differ in length.
@@ -70,7 +72,10 @@ def per_record_rows(
         part = slice(start, start + chunk_size)
         found = gradients(parameters, *(tensor[part] for tensor in records))
         rows = torch.cat([value.flatten(1) for value in found.values()], dim=1)  # (n, D)
-        yield RowChunk(ids[part], rows.unsqueeze(1), slice(0, 1))
+        # Differentiating likes many records at once, encoding likes what fits the cache.
+        pieces = max(1, _CACHED_ENTRIES // rows.shape[1])
+        for few, few_ids in zip(rows.split(pieces), ids[part].split(pieces), strict=True):
+            yield RowChunk(few_ids, few.unsqueeze(1), slice(0, 1))
 
 
 class _RecordLoss(nn.Module):

@@ -62,7 +62,7 @@ class Gaussian(Mechanism):
 
     def encode(self, rows: Tensor, spec: ContributionSpec, context: EncodeContext) -> Tensor:
         """Return clipped rows in float64."""
-        rows = zero_non_finite(rows.to(torch.float64))
+        rows = zero_non_finite(rows)
         if self.clipping == "per_layer" and spec.segments is not None:
             # The squares of L bounds C / sqrt(L) add up to C^2 (mechanisms, section (a)).
             share = self.max_grad_norm / math.sqrt(len(spec.segments))
@@ -70,11 +70,14 @@ class Gaussian(Mechanism):
         return self._clipped(rows, self.max_grad_norm)
 
     def _clipped(self, rows: Tensor, max_norm: float) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
         bound = max_norm * (1 - ROUNDING_MARGIN)
         if self.clipping == "automatic":
-            return rows * (bound / (norms + self.stability))
-        return rows * (bound / norms.clamp(min=bound))
+            factor = bound / (norms + self.stability)
+        else:
+            factor = bound / norms.clamp(min=bound)
+        # One copy, scaled in place: with long rows, encoding is the traffic of memory.
+        return rows.to(torch.float64, copy=True).mul_(factor)
 
     def decode(self, noisy_total: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
         """Return the noisy mean over the public number of rows."""

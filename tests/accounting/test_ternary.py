@@ -8,7 +8,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import compute_epsilon as convert_rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from lightning_dp.accounting.composition import RDP_ORDERS
 from lightning_dp.accounting.events import TernaryRelease
@@ -30,12 +30,14 @@ def topagg(k, noise_std, beta, num_teachers=4000):
 def outcomes(vote, noise_std, threshold):
     below = stats.norm.cdf((-threshold - vote) / noise_std)
     above = stats.norm.sf((threshold - vote) / noise_std)
-    return np.array([below, 1 - below - above, above])
+    # On the mirrored side both terms are small: no cancellation.
+    between = stats.norm.cdf((threshold - abs(vote)) / noise_std) - stats.norm.cdf((-threshold - abs(vote)) / noise_std)
+    return np.array([below, between, above])
 
 
 def brute_divergence(p, q, order):
-    kept = p > 0
-    return math.log(np.sum(p[kept] ** order * q[kept] ** (1 - order))) / (order - 1)
+    p, q = p[p > 0], q[p > 0]  # logarithms: the powers overflow where an outcome is all but impossible
+    return special.logsumexp(order * np.log(p) + (1 - order) * np.log(q)) / (order - 1)
 
 
 @settings(max_examples=40, deadline=None)
