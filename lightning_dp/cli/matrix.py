@@ -50,12 +50,15 @@ def matrix(arguments: list[str]) -> int:
         return 0
     header, body, reasons = _table(methods)
     table = Table(title=Text("Methods and mechanisms"), title_justify="left", show_lines=True)
-    for name in header:
+    for name in (header[0], *header[2:]):  # the configurations are too long for a column: they stand below
         table.add_column(Text(name), overflow="fold")
-    for row in body:
-        table.add_row(*(Text(cell, style="dim" if cell.startswith("refused") else "") for cell in row))
+    for number, (method, _, *cells) in enumerate(body, start=1):
+        styled = (Text(cell, style="dim" if cell.startswith("refused") else "") for cell in cells)
+        table.add_row(Text(f"{number} {method}"), *styled)
     console = Console()
     console.print(table)
+    for number, (method, configurations, *_) in enumerate(body, start=1):
+        console.print(Text(f"{number} {method}: {configurations}"))
     console.print(Text(_LEGEND))
     for number, reason in enumerate(reasons, start=1):
         console.print(Text(f"[{number}] {reason}"))
