@@ -12,10 +12,12 @@ from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 from lightning_dp.modules.dp2vae import DP2VAE
 from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.dpsgd import DPSGDClassifier
+from lightning_dp.modules.moments import MomentsModule
 from lightning_dp.modules.sinkhorn import DPSinkhorn
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.basis import LowFrequencyDCT
+from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 from lightning_dp.networks.datalens import DataLensGenerator
 from lightning_dp.networks.dcgan import DCGANCritic, DCGANGenerator
 from lightning_dp.networks.dct import DCTGenerator
@@ -31,6 +33,7 @@ __all__ = [
     "DPVAE",
     "MNIST",
     "AdaptiveGaussian",
+    "ClassGaussianGenerator",
     "ConvDecoder",
     "ConvEncoder",
     "CosineDecoder",
@@ -50,6 +53,7 @@ __all__ = [
     "LowFrequencyDCT",
     "MLPDiscriminator",
     "MLPGenerator",
+    "MomentsModule",
     "NoPrivacy",
     "SinkhornConvGenerator",
     "SinkhornResidualGenerator",

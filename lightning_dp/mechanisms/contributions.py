@@ -10,7 +10,7 @@ from dp_accounting import NeighboringRelation
 from lightning_dp.accounting.events import relation_name
 from lightning_dp.errors import ConfigurationError
 
-ContributionKind = Literal["record", "teacher", "joint"]
+ContributionKind = Literal["record", "teacher", "joint", "statistic"]
 
 _ADD_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
 _REPLACE = NeighboringRelation.REPLACE_ONE
@@ -58,6 +58,9 @@ class ContributionSpec:
         num_vectors: How many vectors a release holds, over all rows.
         has_fixed_rows: Whether the same rows take part whatever the data: one without anything to say sends zeros.
         segments: Lengths of the layers that a vector joins end to end; None where it has no layers.
+        rows_never_oppose: Whether no two rows can hold vectors with a negative inner product in the same place. A row
+            that changes then moves a sum no further than two that appear, by sqrt 2 bounds instead of two; for
+            mechanisms that scale vectors and do nothing else to them.
         sampling_note: How the rows reach the release, for the claim.
     """
 
@@ -71,6 +74,7 @@ class ContributionSpec:
     num_vectors: int
     has_fixed_rows: bool = True
     segments: tuple[int, ...] | None = None
+    rows_never_oppose: bool = False
     sampling_note: str = "every row takes part in every release"
 
     @classmethod
@@ -95,6 +99,41 @@ class ContributionSpec:
             max_rows_per_vector=num_teachers,
             changes={_REPLACE: one, _ZERO_OUT: one},
             num_vectors=vectors_per_row,
+        )
+
+    @classmethod
+    def sampled_teachers(
+        cls, *, num_teachers: int, expected_judges: float, vectors_per_row: int, vector_dim: int
+    ) -> "ContributionSpec":
+        """Describe teachers of which each judges a release by a secret coin of its own (Poisson sampling of teachers).
+
+        A teacher's state must be a function of its records, of public draws and of what was released: given those, the
+        coins of a release are fresh, and the record's teacher joins with probability q = expected_judges /
+        num_teachers. One draw serves all images of the release, so they are one vector of `vectors_per_row` images;
+        charging each image as if its judges had been drawn for it alone is not sound (generators, section 3.2).
+
+        Replace-one only, and no smaller than twice the distance that the teacher's absence makes: accountants of
+        sampled replace-one take half of the sensitivity for that distance. Twice a bound is what four rows make that
+        are switched on; for mechanisms whose rows are less than two bounds apart it is the larger number. Under
+        zero-out the teacher still votes, and no accountant at hand knows that pair.
+
+        Args:
+            num_teachers: Teachers, public.
+            expected_judges: Mean number of them that judge, public: the divisor of the sum.
+            vectors_per_row: Images of a release.
+            vector_dim: Length of the vector judged per image.
+        """
+        return cls(
+            kind="teacher",
+            unit="record (through the one teacher that holds it)",
+            vectors_per_row=vectors_per_row,
+            vector_dim=vector_dim,
+            rows_per_vector=expected_judges,
+            max_rows_per_vector=num_teachers,
+            changes={_REPLACE: (RowChange(num_replaced=1), RowChange(num_toggled=4))},
+            num_vectors=vectors_per_row,
+            has_fixed_rows=False,  # the coins decide who speaks
+            sampling_note="each teacher takes part in a release by its own secret coin",
         )
 
     @classmethod
@@ -174,6 +213,34 @@ class ContributionSpec:
             max_rows_per_vector=1,
             changes={_ADD_REMOVE: moved, _ZERO_OUT: moved},
             num_vectors=num_vectors,
+        )
+
+    @classmethod
+    def statistics(cls, *, num_cells: int, vector_dim: int, rows_never_oppose: bool = False) -> "ContributionSpec":
+        """Describe a table of sums over records: each record sends one vector to one cell of its own choice.
+
+        Nothing but the record itself decides cell and vector, and a release is the plain sum, whatever the number of
+        records. A record that leaves takes its vector with it; one that changes moves its vector within its cell, or
+        from one cell to another.
+
+        Args:
+            num_cells: Cells of the table, public.
+            vector_dim: Length of a vector.
+            rows_never_oppose: Whether vectors of one cell never have a negative inner product.
+        """
+        toggled = (RowChange(num_toggled=1),)
+        replaced = (RowChange(num_replaced=1), RowChange(num_toggled=2))
+        return cls(
+            kind="statistic",
+            unit="record",
+            vectors_per_row=1,
+            vector_dim=vector_dim,
+            rows_per_vector=1.0,
+            max_rows_per_vector=None,
+            changes={_ADD_REMOVE: toggled, _ZERO_OUT: toggled, _REPLACE: replaced},
+            num_vectors=num_cells,
+            has_fixed_rows=False,
+            rows_never_oppose=rows_never_oppose,
         )
 
     def alternatives(self, relation: NeighboringRelation) -> tuple[RowChange, ...]:

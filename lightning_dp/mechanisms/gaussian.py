@@ -31,7 +31,7 @@ class Gaussian(Mechanism):
         ConfigurationError: `max_grad_norm` or `stability` is not a finite positive number.
     """
 
-    kinds = frozenset({"record", "teacher", "joint"})
+    kinds = frozenset({"record", "teacher", "joint", "statistic"})
 
     def __init__(
         self,
@@ -50,6 +50,16 @@ class Gaussian(Mechanism):
     def row_bound(self, spec: ContributionSpec) -> float:
         """Return sqrt(vectors per row) * max_grad_norm."""
         return math.sqrt(spec.vectors_per_row) * self.max_grad_norm
+
+    def row_diameter(self, spec: ContributionSpec) -> float:
+        """Return twice the bound; sqrt 2 bounds where vectors in one place never oppose each other.
+
+        Scaling by positive factors keeps the sign of inner products, so |a - b|^2 <= |a|^2 + |b|^2 for what is summed.
+        Clipping layer by layer does not.
+        """
+        if spec.rows_never_oppose and self.clipping != "per_layer":
+            return math.sqrt(2) * self.row_bound(spec)
+        return 2 * self.row_bound(spec)
 
     def check(self, spec: ContributionSpec) -> None:
         """Refuse clipping layer by layer where the vectors have no layers."""

@@ -16,7 +16,7 @@ class NoPrivacy(Mechanism):
     Guarantee: none. Its event is non-private, so epsilon is infinite and the claim is NONPRIVATE.
     """
 
-    kinds = frozenset({"record", "teacher", "joint"})
+    kinds = frozenset({"record", "teacher", "joint", "statistic"})
     is_private = False
 
     def row_bound(self, spec: ContributionSpec) -> float:

@@ -23,11 +23,13 @@ class Released:
     Attributes:
         value: The released direction, float32.
         number: The release's number in the ledger.
+        noise_std: Std of the noise on each coordinate of the sum that the mechanism perturbed; 0 without privacy.
     """
 
     value: Tensor
     number: int
     _door: object = field(repr=False)
+    noise_std: float = 0.0
 
     def __post_init__(self) -> None:
         if self._door is not _DOOR:
@@ -39,7 +41,7 @@ class Released:
         Args:
             function: A function of the released value and public quantities only; nothing private may be captured.
         """
-        return Released(function(self.value), self.number, _DOOR)
+        return Released(function(self.value), self.number, _DOOR, self.noise_std)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class ReleaseSession:
         value = self.mechanism.release(
             total, self.plan, self._noise, release_number=number, public_seed=self._public_seed
         )
-        return Released(value, number, _DOOR)
+        return Released(value, number, _DOOR, self.mechanism.noise_std(self.plan))
 
     def reference(
         self, rows: PublicRows, shape: tuple[int, int], device: torch.device, *, number: int, num_rows: int

@@ -146,3 +146,15 @@ def test_clipping_every_layer_to_the_whole_bound_would_be_caught():
 def test_layers_are_needed_to_clip_by_layer():
     with pytest.raises(ConfigurationError, match="have none"):
         Gaussian(clipping="per_layer").check(ContributionSpec.joint(num_vectors=1, vector_dim=7))
+
+
+def test_rows_that_never_oppose_each_other_move_a_sum_by_sqrt_two_bounds():
+    spec = ContributionSpec.statistics(num_cells=3, vector_dim=4, rows_never_oppose=True)
+    free = ContributionSpec.statistics(num_cells=3, vector_dim=4)
+    replace = NeighboringRelation.REPLACE_ONE
+    assert Gaussian(max_grad_norm=0.5).l2_sensitivity(spec, replace) == pytest.approx(0.5 * math.sqrt(2))
+    assert Gaussian(max_grad_norm=0.5).l2_sensitivity(free, replace) == 1.0
+    for relation in (NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_SPECIAL):
+        assert Gaussian(max_grad_norm=0.5).l2_sensitivity(spec, relation) == 0.5
+    # Scaled layer by layer, two vectors at a right angle need not stay so.
+    assert Gaussian(clipping="per_layer").row_diameter(spec) == 2.0

@@ -1,0 +1,81 @@
+"""A mixture of Gaussians per class, in the low frequencies of a public cosine basis."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.networks.basis import LowFrequencyDCT
+from lightning_dp.networks.generator import Generator
+
+
+class ClassGaussianGenerator(Generator):
+    """Draws cosine coefficients from the Gaussians of a label, and clamps the image to [0, 1].
+
+    Each label has `num_components` Gaussians with logits, means and factors; a factor F stands for the covariance
+    F F^T. The last number of a latent picks the component, the others are its standard normal coordinates.
+
+    Args:
+        image_shape: (C, H, W) with H = W.
+        num_classes: Number of labels.
+        num_coefficients: Lowest frequencies per channel.
+        window: Side of the centred square that is transformed; null takes the whole image. Outside it is black.
+        num_components: Gaussians per label.
+
+    Raises:
+        ConfigurationError: The numbers do not fit each other.
+
+    Example:
+        >>> generator = ClassGaussianGenerator((1, 8, 8), num_classes=2, num_coefficients=10)
+        >>> generator.sample(4, seed=0)[0].shape
+        torch.Size([4, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int = 10,
+        num_coefficients: int = 78,
+        window: int | None = None,
+        num_components: int = 1,
+    ) -> None:
+        super().__init__()
+        if num_components < 1:
+            raise ConfigurationError(f"Expected generator.num_components >= 1, got {num_components=}.")
+        self.image_shape, self.num_classes = image_shape, num_classes
+        self.num_coefficients, self.window, self.num_components = num_coefficients, window, num_components
+        self.basis = LowFrequencyDCT(image_shape, num_coefficients, window)
+        self.latent_dim = self.basis.dim + 1
+        cells, dim = (num_classes, num_components), self.basis.dim
+        self.logits = nn.Parameter(torch.zeros(*cells))
+        self.means = nn.Parameter(torch.zeros(*cells, dim))
+        self.factors = nn.Parameter(torch.zeros(*cells, dim, dim))
+
+    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
+        cells = labels * self.num_components + self._component(latent[:, -1], labels)
+        return self.to_images(self._coefficients(latent[:, :-1], cells)).clamp(0, 1)
+
+    def to_images(self, coefficients: Tensor) -> Tensor:
+        """Return the images, (B, C, H, W), that have these coefficients, (B, C * num_coefficients); not clamped."""
+        channels, height, width = self.image_shape
+        pixels = coefficients.unflatten(1, (channels, self.num_coefficients)) @ self.basis.matrix.to(coefficients)
+        return pixels.unflatten(2, (height, width))
+
+    def _component(self, normal: Tensor, labels: Tensor) -> Tensor:
+        """Return the component that the quantile of a standard normal picks, (B,)."""
+        shares = self.logits.softmax(dim=1).cumsum(dim=1)[labels]
+        quantile = 0.5 * (1 + torch.erf(normal / math.sqrt(2)))
+        return (quantile[:, None] > shares[:, :-1]).sum(dim=1)
+
+    def _coefficients(self, normal: Tensor, cells: Tensor) -> Tensor:
+        """Return means plus factors times latents, cell by cell, without a (B, d, d) tensor."""
+        factors, order = self.factors.flatten(0, 1), torch.argsort(cells, stable=True)
+        counts = torch.bincount(cells, minlength=len(factors)).tolist()
+        parts = [rows @ factors[cell].T for cell, rows in enumerate(normal[order].split(counts)) if len(rows)]
+        return self.means.flatten(0, 1)[cells] + torch.cat(parts)[torch.argsort(order)]
+
+    def sample_latent(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return standard normal latents, (num, latent_dim)."""
+        source = self.means.device if generator is None else generator.device
+        return torch.randn(num, self.latent_dim, generator=generator, device=source).to(self.means.device)

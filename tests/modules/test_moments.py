@@ -1,0 +1,272 @@
+import math
+
+import pytest
+import torch
+from dp_accounting import NeighboringRelation
+
+from callbacks import RunFolder
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.mechanisms.no_privacy import NoPrivacy
+from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.modules.class_moments import ClassMoments, denoised, spectral_edge
+from lightning_dp.modules.moments import MomentsModule
+from lightning_dp.modules.published import load_generator
+from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
+from tests.conftest import TinyData, callbacks_for, trainer_for
+
+RELATIONS = ["add_or_remove_one", "replace_one"]
+
+
+def tiny_generator(**options) -> ClassGaussianGenerator:
+    return ClassGaussianGenerator((1, 8, 8), **{"num_classes": 2, "num_coefficients": 6, **options})
+
+
+def tiny_statistics(**options) -> ClassMoments:
+    return ClassMoments(tiny_generator(), **{"clip": 2.0, "centre": 1.0, **options})
+
+
+def tiny_module(**options) -> MomentsModule:
+    return MomentsModule(tiny_generator(), **{"clip": 2.0, "centre": 1.0, **options})
+
+
+def declared(statistics: ClassMoments, relation: str) -> float:
+    return Gaussian().l2_sensitivity(statistics.contribution_spec(), NeighboringRelation[relation.upper()])
+
+
+def table(statistics: ClassMoments, images, labels) -> torch.Tensor:
+    """The sum that would be released without noise, before any clipping by the mechanism."""
+    total = torch.zeros(statistics.release_shape, dtype=torch.float64)
+    for chunk in statistics.rows(images, labels):
+        total[chunk.queries] += chunk.values.sum(0)
+    return total
+
+
+def directions_to_try(dim: int) -> torch.Tensor:
+    """Unit vectors that point anywhere, along axes, against each other, and shorter ones."""
+    stream = torch.Generator().manual_seed(0)
+    random = torch.nn.functional.normalize(torch.randn(300, dim, generator=stream), dim=1).double()
+    axes = torch.eye(dim, dtype=torch.float64)
+    full = torch.cat([random, -random[:50], axes, -axes])
+    return torch.cat([full, full * torch.rand(len(full), 1, generator=stream), torch.zeros(1, dim)])
+
+
+def worst_moves(statistics: ClassMoments) -> dict[str, float]:
+    """Search pairs of records, in the same and in different cells, for the largest change of the sum."""
+    found = directions_to_try(statistics.dim)
+    for _ in range(60):  # climb: push pairs of one cell apart
+        rows = statistics.encoded(found)
+        distances = torch.cdist(rows, rows)
+        first, second = divmod(int(distances.argmax()), len(rows))
+        steps = torch.randn(40, statistics.dim, generator=torch.Generator().manual_seed(1)).double() * 0.1
+        near = torch.cat([found[first] + steps, found[second] + steps])
+        found = torch.cat([found, near / near.norm(dim=1, keepdim=True).clamp(min=1)])[-800:]
+        if len(found) == 800:
+            break
+    found = torch.cat([directions_to_try(statistics.dim), found])
+    rows = statistics.encoded(found)
+    norms = rows.norm(dim=1)
+    same_cell, other_cell = torch.cdist(rows, rows).max().item(), math.hypot(norms.max(), norms.max())
+    return {"add_or_remove_one": norms.max().item(), "replace_one": max(same_cell, other_cell)}
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("weights", [(0.15, 0.35, 0.92), (0.25, 0.6, 0.76), (1.0, 1.0, 1.0)], ids=str)
+def test_no_pair_of_records_moves_the_sum_further_than_declared(weights, relation):
+    statistics = tiny_statistics(block_weights=weights)
+    bound = declared(statistics, relation)
+    assert bound == pytest.approx({"add_or_remove_one": 1.0, "replace_one": math.sqrt(2)}[relation])
+    assert bound * 0.999 < worst_moves(statistics)[relation] <= bound
+
+
+class Heavy(ClassMoments):
+    """Broken: blocks that are not bounded together."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.weights = (0.15, 0.6, 0.92)
+
+
+class Doubled(ClassMoments):
+    """Broken: every pair counted twice in the norm."""
+
+    def encoded(self, directions):
+        rows = super().encoded(directions)
+        first, second = self._pairs
+        rows[:, 1 + self.dim :][:, first != second] *= math.sqrt(2)
+        return rows
+
+
+class Long(ClassMoments):
+    """Broken: coefficients that are not clipped."""
+
+    def encoded(self, directions):
+        return super().encoded(directions * 1.5)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("broken", [Heavy, Doubled, Long])
+def test_broken_rows_are_caught(broken, relation):
+    statistics = broken(tiny_generator(), clip=2.0, centre=1.0)
+    assert worst_moves(statistics)[relation] > declared(statistics, relation) * 1.005
+
+
+def test_weights_that_let_rows_oppose_each_other_are_caught_and_refused():
+    """With a heavy mean and hardly a count, records of one cell can be more than sqrt 2 apart."""
+    statistics = tiny_statistics()
+    statistics.weights = (0.05, 0.95, 0.3)
+    assert worst_moves(statistics)["replace_one"] > 1.2 * declared(statistics, "replace_one")
+    with pytest.raises(ConfigurationError, match="never oppose"):
+        tiny_statistics(block_weights=(0.05, 0.95, 0.3))
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_one_record_moves_the_encoded_sum_no_further_than_the_event_says(relation):
+    """Whole images, through the mechanism: extreme ones change places with each other."""
+    statistics, data = tiny_statistics(chunk_size=7), TinyData()
+    data.setup()
+    images, labels = data.train_images.clone(), data.train_labels
+    images[0], images[1], images[2, :, :, :4], images[2, :, :, 4:] = 0, 255, 255, 0
+    reference = table(statistics, images, labels)
+    found = []
+    for record in range(6):
+        if relation == "add_or_remove_one":
+            kept = torch.arange(40) != record
+            found.append(table(statistics, images[kept], labels[kept]))
+        for other in (0, 1, 2, 5):
+            changed, moved = images.clone(), labels.clone()
+            changed[record] = images[other]
+            moved[record] = other % 2
+            if relation == "replace_one":
+                found.append(table(statistics, changed, moved))
+    moves = [torch.linalg.vector_norm(other - reference).item() for other in found]
+    assert 0.9 * declared(statistics, relation) < max(moves) <= declared(statistics, relation)
+
+
+def test_the_mechanism_does_not_scale_rows_that_fill_the_bound():
+    statistics = tiny_statistics()
+    rows = statistics.encoded(directions_to_try(6))[:, None]
+    assert torch.equal(Gaussian().encode(rows, statistics.contribution_spec(), None), rows)
+
+
+def test_sums_are_exact_so_neither_chunks_nor_order_nor_other_records_change_a_bit():
+    data = TinyData()
+    data.setup()
+    images, labels = data.train_images, data.train_labels
+    whole = table(tiny_statistics(chunk_size=40), images, labels)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    for size in (1, 3, 17, 1000):
+        assert torch.equal(table(tiny_statistics(chunk_size=size), images, labels), whole)
+        assert torch.equal(table(tiny_statistics(chunk_size=size), images[order], labels[order]), whole)
+    statistics = tiny_statistics()
+    together = statistics.encoded(statistics.directions(images))
+    alone = torch.cat([statistics.encoded(statistics.directions(image[None])) for image in images])
+    assert torch.equal(together, alone)
+    assert on_grid(together)
+    assert not on_grid(statistics.directions(images))  # the same check sees rows that are not rounded
+
+
+def on_grid(values) -> bool:
+    return torch.equal(values * 2.0**30, (values * 2.0**30).round())
+
+
+def test_without_noise_the_moments_are_those_of_the_coefficients():
+    statistics, data = tiny_statistics(clip=100.0), TinyData()
+    data.setup()
+    found = statistics.moments(table(statistics, data.train_images, data.train_labels), noise_std=0.0)
+    coefficients = statistics.generator.basis(data.train_images.double() / 255)
+    for label in range(2):
+        mine = coefficients[data.train_labels == label]
+        assert found.counts[label] == pytest.approx(20, rel=1e-6)
+        torch.testing.assert_close(found.means[label], mine.mean(0), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.covariances[label], mine.T.cov(correction=0), atol=2e-3, rtol=0)
+
+
+def test_the_stated_noise_of_the_moments_is_that_of_the_moments():
+    statistics = tiny_statistics()
+    clean = torch.zeros(statistics.release_shape).double()
+    clean[:, 0] = 5000 * statistics.weights[0]
+    stream = torch.Generator().manual_seed(0)
+    draws = [statistics.moments(clean + 2 * torch.randn(clean.shape, generator=stream), 2.0) for _ in range(2000)]
+    means, covariances = (torch.stack([getattr(d, name) for d in draws]) for name in ("means", "covariances"))
+    assert means[:, 0].std(0).mean().item() == pytest.approx(draws[0].mean_noise[0].item(), rel=0.1)
+    diagonal = covariances.diagonal(dim1=2, dim2=3).std(0).mean().item()
+    assert diagonal == pytest.approx(draws[0].covariance_noise[0].item(), rel=0.1)
+    assert covariances[:, :, 0, 1:].std(0).mean().item() == pytest.approx(diagonal / math.sqrt(2), rel=0.1)
+
+
+def test_noise_alone_leaves_no_directions_and_signal_does():
+    stream = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 200, 200, generator=stream).double()
+    noise = (noise + noise.mT) / 2  # std 1/sqrt 2 off the diagonal, 1 on it
+    edge = spectral_edge(torch.ones(1).double(), 200)
+    assert torch.linalg.eigvalsh(noise).max() == pytest.approx(edge.item(), rel=0.05)
+    assert torch.linalg.eigvalsh(denoised(noise, 1.05 * edge)).max() < 4  # single variances, no direction
+    spike = torch.zeros(200).double()
+    spike[:4] = 0.5
+    found = denoised(noise + 100 * torch.outer(spike, spike), edge)[0]
+    values, vectors = torch.linalg.eigh(found)
+    assert values.min() >= -1e-9
+    assert (vectors[:, -1] @ spike).abs() > 0.9
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_it_releases_once_and_claims_what_was_asked(tmp_path, relation):
+    own = callbacks_for(Gaussian(), neighboring_relation=relation, target_epsilon=1.0)
+    folder = RunFolder(path=tmp_path, privatizer=own[0], evaluation=None, config={}, title="tiny")
+    module = tiny_module()
+    trainer_for(tmp_path, [folder, *own], 1).fit(module, datamodule=TinyData())
+    claim = own[1].claim()
+    assert (claim.level, claim.num_releases, claim.relation) == ("PROVED", 1, relation)
+    assert 0.99 < claim.epsilon <= 1.0
+    generator, _ = load_generator(tmp_path)
+    assert torch.equal(generator.sample(6, seed=0)[0], module.released_generator().sample(6, seed=0)[0])
+    assert torch.isfinite(generator.sample(6, seed=0)[0]).all()
+
+
+def test_without_privacy_it_is_the_gaussian_of_each_class(tmp_path):
+    module, data = tiny_module(clip=100.0), TinyData()
+    trainer_for(tmp_path, callbacks_for(NoPrivacy()), 1).fit(module, datamodule=data)
+    coefficients = module.generator.basis(data.train_images.float() / 255)[data.train_labels == 1]
+    torch.testing.assert_close(module.generator.means[1, 0].detach(), coefficients.mean(0), atol=1e-4, rtol=0)
+    factor = module.generator.factors[1, 0].detach()
+    torch.testing.assert_close(factor @ factor.T, coefficients.T.cov(correction=0), atol=5e-3, rtol=0)
+
+
+def test_several_releases_are_averaged(tmp_path):
+    module = tiny_module()
+    own = callbacks_for(Gaussian(), neighboring_relation="add_or_remove_one", target_epsilon=1.0)
+    trainer_for(tmp_path, own, 3).fit(module, datamodule=TinyData())
+    assert own[1].claim().num_releases == 3
+    assert module.num_averaged == 3
+    data = TinyData()
+    data.setup()
+    clean = table(module.statistics, data.train_images, data.train_labels)
+    single = Gaussian().noise_std(own[0].plan)
+    assert (module.average - clean).std().item() == pytest.approx(single / math.sqrt(3), rel=0.35)
+
+
+def test_mechanisms_without_a_proof_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="no proof for statistic"):
+        trainer_for(tmp_path, callbacks_for(TopAgg(top_k=4)), 1).fit(tiny_module(), datamodule=TinyData())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clip": 0.0}, "clip > 0"),
+        ({"centre": math.nan}, "finite centre"),
+        ({"block_weights": (0.1, 0.0, 0.5)}, "block_weights > 0"),
+        ({"block_weights": (0.5, 0.5)}, "three finite"),
+        ({"chunk_size": 0}, "chunk_size >= 1"),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        tiny_module(**options)
+
+
+def test_data_that_do_not_fit_are_refused(tmp_path):
+    module = MomentsModule(ClassGaussianGenerator((1, 8, 8), num_classes=3, num_coefficients=6))
+    with pytest.raises(ConfigurationError, match="the data are"):
+        trainer_for(tmp_path, callbacks_for(Gaussian()), 1).fit(module, datamodule=TinyData())
