@@ -108,8 +108,10 @@ class GradientPrivatizer(pl.Callback):
             "mechanism": type(self.mechanism).__name__,
             "target_delta": settings.target_delta,
             "accountant": settings.accountant,
-            "unverified": ["that noise is secret: privacy.insecure_seed fixes it"]
-            * (settings.insecure_seed is not None),
+            "unverified": [
+                *["that noise is secret: privacy.insecure_seed fixes it"] * (settings.insecure_seed is not None),
+                *pl_module.unverified,
+            ],
             "conditional_on": list(pl_module.conditional_on),
             "warnings": ["telemetry.raw was on: logs hold numbers without noise and must stay private"]
             * self.raw_telemetry,

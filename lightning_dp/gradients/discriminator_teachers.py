@@ -6,7 +6,7 @@ Shapes: T teachers, n of one chunk, B samples of a batch, y classes, d numbers o
 import math
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,18 @@ from lightning_dp.gradients.teacher_backends import (
     saved_bytes_per_sample,
 )
 from lightning_dp.gradients.teachers import Encoder, FakeSource, RowChunk, RowStructure, TeacherEnsemble, TeacherShards
+from lightning_dp.losses.adversarial import Objective
 from lightning_dp.networks.datalens import DataLensDiscriminator
 from lightning_dp.networks.discriminator import Discriminator
+from lightning_dp.networks.gswgan import GSWGANCritic
 from lightning_dp.networks.small import MLPDiscriminator, SmallConvDiscriminator
 
-NetworkName = Literal["datalens", "small_conv", "mlp"]
+NetworkName = Literal["datalens", "gswgan", "small_conv", "mlp"]
 BackendName = Literal["loop", "stacked"]
 
 NETWORKS: Final[dict[str, type[Discriminator]]] = {
     "datalens": DataLensDiscriminator,
+    "gswgan": GSWGANCritic,
     "small_conv": SmallConvDiscriminator,
     "mlp": MLPDiscriminator,
 }
@@ -40,6 +43,8 @@ BACKENDS: Final[dict[str, type[TeacherBackend]]] = {"loop": LoopBackend, "stacke
 CPU_CHUNKS: Final[dict[tuple[str, str], int]] = {
     ("datalens", "loop"): 8,
     ("datalens", "stacked"): 8,
+    ("gswgan", "loop"): 8,
+    ("gswgan", "stacked"): 8,
     ("small_conv", "loop"): 16,
     ("small_conv", "stacked"): 12,
     ("mlp", "loop"): 16,
@@ -82,6 +87,10 @@ class DiscriminatorTeachers(TeacherEnsemble):
         betas: Of each teacher's Adam.
         train_steps: Adam steps per round, all on the same records and fakes.
         pretrain_steps: The same for the first round.
+        teachers_per_round: Teachers trained in a round after the first, which trains all: blocks of this many take
+            turns, in public order whatever was asked of whom. Must divide num_teachers; null trains all.
+        objective: non_saturating (DataLens, G-PATE) or wasserstein with a gradient penalty (GS-WGAN).
+        penalty: Weight of the gradient penalty of a Wasserstein critic.
         state_dir: Folder for parameters and moments as memory-mapped files, for ensembles larger than memory (4000
             DataLens teachers take 27 GB); CPU only. The files are private and vanish with the process.
 
@@ -101,10 +110,14 @@ class DiscriminatorTeachers(TeacherEnsemble):
         betas: tuple[float, float] = (0.5, 0.999),
         train_steps: int = 2,
         pretrain_steps: int = 10,
+        teachers_per_round: int | None = None,
+        objective: Objective = "non_saturating",
+        penalty: float = 10.0,
         state_dir: str | None = None,
     ) -> None:
         _require_choice("network", network, tuple(NETWORKS))
         _require_choice("backend", backend, ("auto", *BACKENDS))
+        _require_choice("objective", objective, get_args(Objective))
         counts = {"num_teachers": num_teachers, "batch_size": batch_size, "train_steps": train_steps}
         counts["pretrain_steps"] = pretrain_steps
         if chunk_size is not None:
@@ -112,6 +125,13 @@ class DiscriminatorTeachers(TeacherEnsemble):
         for name, count in counts.items():
             if count < 1:
                 raise ConfigurationError(f"Expected {name} >= 1, got {name}={count}. Give a whole number from 1.")
+        self.teachers_per_round = num_teachers if teachers_per_round is None else teachers_per_round
+        if not 1 <= self.teachers_per_round <= num_teachers or num_teachers % self.teachers_per_round:
+            raise ConfigurationError(
+                f"Expected teachers_per_round to divide num_teachers={num_teachers}, got {teachers_per_round=}."
+            )
+        if not (math.isfinite(penalty) and penalty >= 0):
+            raise ConfigurationError(f"Expected a finite penalty >= 0, got {penalty=}. GS-WGAN uses 10.")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ConfigurationError(
                 f"Expected a finite learning_rate > 0, got learning_rate={learning_rate}. The paper uses 1e-3."
@@ -122,9 +142,10 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.num_teachers, self.batch_size = num_teachers, batch_size
         self.learning_rate, self.betas = learning_rate, betas
         self.train_steps, self.pretrain_steps = train_steps, pretrain_steps
-        self.state_dir = state_dir
+        self.objective: Objective = objective
+        self.penalty, self.state_dir = penalty, state_dir
         self._parameters: Stack = {}
-        self._optimizer_steps = self._rounds = 0
+        self._rounds = 0
 
     def bind(  # noqa: D102
         self,
@@ -136,7 +157,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         seed: int,
         encode: Encoder | None = None,
     ) -> None:
-        self._check_shards(shards, num_classes, image_shape)
+        shards.check_fit(num_teachers=self.num_teachers, num_classes=num_classes, image_shape=image_shape)
         self._device, self._num_classes, self._encode = torch.device(device), num_classes, encode
         self._shards = shards.to(self._device)
         self._has_records = self._shards.sizes > 0
@@ -149,15 +170,22 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 f"statistics), got {shards.num_records} records for num_teachers={self.num_teachers}, "
                 f"batch_size={self.batch_size}. Use fewer teachers or network='small_conv'."
             )
+        if self.objective == "wasserstein" and network.min_batch > 1:
+            raise ConfigurationError(
+                f"network={self.network_name!r} takes batch statistics, which couple the slopes of a Wasserstein "
+                "critic. Choose network='gswgan', 'small_conv' or 'mlp'."
+            )
+        self._seed = seed
         self._parameters = self._initial_parameters(network, seed)
         self._exp_avg = {name: self._zeros(stack.shape, stack.dtype) for name, stack in self._parameters.items()}
         self._exp_avg_sq = {name: self._zeros(stack.shape, stack.dtype) for name, stack in self._parameters.items()}
-        self._optimizer_steps = self._rounds = 0
+        self._rounds = 0
         chosen = self.backend_name
         if chosen == "auto":
             chosen = choose_backend(self.network_name, self._device)
         self.chosen_backend = chosen
-        self._backend = BACKENDS[self.chosen_backend](network.to(self._device))
+        make = BACKENDS[self.chosen_backend]
+        self._backend = make(network.to(self._device), objective=self.objective, penalty=self.penalty)
         self._memory_budget = _memory_budget(self._device)
         self._bytes_per_sample = saved_bytes_per_sample(self._backend.network, self._sample_shape, num_classes)
 
@@ -166,17 +194,57 @@ class DiscriminatorTeachers(TeacherEnsemble):
         public_labels = torch.arange(self._num_classes, device=self._device).repeat(self._batch)
         fakes = make_fakes(public_labels).detach().unflatten(0, (self._batch, self._num_classes))
         repeats = self.train_steps if self._rounds else self.pretrain_steps
-        for teachers in self._chunks(2 * self._batch):
-            real, fake, one_hot = self._round_batch(teachers, fakes, step)
+        block, visit = self._turn(step)
+        steps_before = self._optimizer_steps(self._turn(self._rounds)[1])
+        for teachers in self._chunks(2 * self._batch, block):
+            real, fake, one_hot = self._round_batch(teachers, fakes, visit)
             for repeat in range(repeats):
+                shares = self._public_shares(step, repeat, like=real)
                 gradients = self._backend.training_gradients(
-                    self._slice(self._parameters, teachers), real, fake, one_hot
+                    self._slice(self._parameters, teachers), real, fake, one_hot, shares
                 )
-                self._adam_step(teachers, gradients, steps_before=self._optimizer_steps + repeat)
-        self._optimizer_steps += repeats
+                self._adam_step(teachers, gradients, steps_before=steps_before + repeat)
         self._rounds += 1
 
-    def row_chunks(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:  # noqa: D102
+    def _turn(self, step: int) -> tuple[slice, int]:
+        """Return which teachers are trained in a round, and how many rounds they have had before: public."""
+        if step == 0:
+            return slice(0, self.num_teachers), 0
+        turn, block = divmod(step - 1, self.num_teachers // self.teachers_per_round)
+        return slice(block * self.teachers_per_round, (block + 1) * self.teachers_per_round), turn + 1
+
+    def _optimizer_steps(self, visits: int) -> int:
+        """Return the Adam steps of a teacher that has had so many rounds."""
+        return self.pretrain_steps + (visits - 1) * self.train_steps if visits else 0
+
+    def _public_shares(self, step: int, repeat: int, *, like: Tensor) -> Tensor:
+        """Return where between fakes and records slopes are taken, (B,): the same for all teachers, and public."""
+        stream = torch.Generator().manual_seed(((self._seed * 1_000_003 + step) * 1_009 + repeat) % 2**63)
+        return torch.rand(self._batch, generator=stream).to(like)
+
+    def row_chunks(self, fakes: Tensor, labels: Tensor, judges: Tensor | None = None) -> Iterator[RowChunk]:  # noqa: D102
+        for teacher_ids, own, one_hot in self._judging(fakes, labels, judges):
+            values = self._backend.descent_directions(own, fakes.detach(), one_hot).flatten(2)  # (n, B, d)
+            yield self._chunk(teacher_ids, values)
+
+    def vote_chunks(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
+        """Yield each teacher's vote on each fake: values +1 for real, -1 for fake, (n, B, 1).
+
+        Args:
+            fakes: As in `row_chunks`.
+            labels: As in `row_chunks`.
+        """
+        for teacher_ids, own, one_hot in self._judging(fakes, labels, None):
+            says_real = self._backend.logits(own, fakes.detach(), one_hot) > 0
+            yield self._chunk(teacher_ids, 2.0 * says_real[:, :, None] - 1.0)
+
+    def _chunk(self, teacher_ids: Tensor, values: Tensor) -> RowChunk:
+        # A teacher without records abstains, so that its rows do not tell an empty shard's initial network apart.
+        speaks = self._has_records[teacher_ids][:, None, None]
+        return RowChunk(teacher_ids, torch.where(speaks, values, torch.zeros_like(values)), slice(0, values.shape[1]))
+
+    def _judging(self, fakes: Tensor, labels: Tensor, judges: Tensor | None) -> Iterator[tuple[Tensor, Stack, Tensor]]:
+        """Yield teachers that judge, a chunk at a time: their ids, their parameters, and the labels one-hot."""
         self._require_bound()
         num_images = fakes.shape[0]
         least = self._backend.network.min_batch
@@ -187,13 +255,10 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 "outputs."
             )
         one_hot = F.one_hot(labels, self._num_classes).to(fakes.dtype)
-        for teachers in self._chunks(num_images):
-            own = self._slice(self._parameters, teachers)
-            values = self._backend.descent_directions(own, fakes.detach(), one_hot).flatten(2)  # (n, B, d)
-            # A teacher without records abstains, so that its rows do not tell an empty shard's initial network apart.
-            values = torch.where(self._has_records[teachers, None, None], values, torch.zeros_like(values))
-            teacher_ids = torch.arange(teachers.start, teachers.stop, device=self._device)
-            yield RowChunk(teacher_ids, values, slice(0, num_images))
+        ids = torch.arange(self.num_teachers, device=self._device) if judges is None else judges.to(self._device)
+        for part in self._chunks(num_images, slice(0, len(ids))):
+            own = self._slice(self._parameters, part if judges is None else ids[part])
+            yield ids[part], own, one_hot
 
     def row_structure(self, num_images: int) -> RowStructure:
         """Return that a record reaches one teacher, which speaks on all images. Looks at no data."""
@@ -206,7 +271,6 @@ class DiscriminatorTeachers(TeacherEnsemble):
             "parameters": self._parameters,
             "exp_avg": self._exp_avg,
             "exp_avg_sq": self._exp_avg_sq,
-            "optimizer_steps": self._optimizer_steps,
             "rounds": self._rounds,
         }
 
@@ -229,24 +293,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         for own, saved in pairs:
             for name, stack in own.items():
                 stack.copy_(saved[name])
-        self._optimizer_steps, self._rounds = int(state["optimizer_steps"]), int(state["rounds"])
-
-    def _check_shards(self, shards: TeacherShards, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-        if shards.num_teachers != self.num_teachers:
-            raise ConfigurationError(
-                f"Expected shards for num_teachers={self.num_teachers}, got shards.num_teachers={shards.num_teachers}. "
-                "Make the partition with the same number."
-            )
-        if shards.image_shape != tuple(image_shape):
-            raise ConfigurationError(
-                f"Expected images of shape {shards.image_shape}, got image_shape={image_shape}. "
-                "Pass the datamodule's image_shape."
-            )
-        if int(shards.labels.min()) < 0 or int(shards.labels.max()) >= num_classes:
-            raise ConfigurationError(
-                f"Expected labels in [0, {num_classes}), got others for num_classes={num_classes}. "
-                "Pass the datamodule's num_classes."
-            )
+        self._rounds = int(state["rounds"])
 
     def _initial_parameters(self, network: Discriminator, seed: int) -> Stack:
         """Draw each teacher's parameters from (seed, teacher) on the CPU: the same on any device, in any chunk."""
@@ -319,13 +366,13 @@ class DiscriminatorTeachers(TeacherEnsemble):
         return self._slice(self._exp_avg, teachers), self._slice(self._exp_avg_sq, teachers)
 
     @staticmethod
-    def _slice(stack: Stack, teachers: slice) -> Stack:
+    def _slice(stack: Stack, teachers: slice | Tensor) -> Stack:
         return {name: values[teachers] for name, values in stack.items()}
 
-    def _chunks(self, samples: int) -> Iterator[slice]:
+    def _chunks(self, samples: int, within: slice) -> Iterator[slice]:
         size = self.chunk_size or self._automatic_chunk(samples)
-        for start in range(0, self.num_teachers, size):
-            yield slice(start, min(start + size, self.num_teachers))
+        for start in range(within.start, within.stop, size):
+            yield slice(start, min(start + size, within.stop))
 
     def _automatic_chunk(self, samples: int) -> int:
         """Return how many teachers fit the memory budget and, on a CPU, the cache."""

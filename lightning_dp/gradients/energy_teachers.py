@@ -143,7 +143,9 @@ class EnergyTeachers(TeacherEnsemble):
         """Do nothing: the teachers have no parameters."""
 
     @override
-    def row_chunks(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
+    def row_chunks(self, fakes: Tensor, labels: Tensor, judges: Tensor | None = None) -> Iterator[RowChunk]:
+        if judges is not None:
+            raise ConfigurationError("EnergyTeachers all speak in every release; leave model.expected_judges out.")
         shapes = PublicShapes(self._records, fakes.flatten(1))
         for label, (positions, owners) in enumerate(zip(self._positions, self._owners, strict=True)):
             queries = _block_of(labels, label)

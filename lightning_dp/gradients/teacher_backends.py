@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from lightning_dp.losses.adversarial import discriminator_loss, generator_loss
+from lightning_dp.losses.adversarial import (
+    Objective,
+    between,
+    discriminator_loss,
+    generator_loss,
+    wasserstein_critic_loss,
+)
 from lightning_dp.networks.discriminator import Discriminator
 
 Stack = dict[str, Tensor]
@@ -23,13 +29,21 @@ class TeacherBackend(ABC):
 
     Args:
         network: The architecture; its own parameter values are not used.
+        objective: What teachers and generator play for.
+        penalty: Weight of the slopes of a Wasserstein critic.
     """
 
-    def __init__(self, network: Discriminator) -> None:
+    def __init__(
+        self, network: Discriminator, *, objective: Objective = "non_saturating", penalty: float = 10.0
+    ) -> None:
         self.network = network
+        self.objective: Objective = objective
+        self.penalty = penalty
 
     @abstractmethod
-    def training_gradients(self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Stack:
+    def training_gradients(
+        self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None = None
+    ) -> Stack:
         """Return each teacher's gradient of its discriminator loss, name -> (n, ...).
 
         Args:
@@ -37,6 +51,17 @@ class TeacherBackend(ABC):
             real: (n, B, *sample_shape), the teachers' own records.
             fake: (n, B, *sample_shape), judged in a pass of its own (its batch statistics are its own).
             one_hot: (n, B, y), labels of both.
+            shares: (B,), where between fake and record slopes are taken; a Wasserstein critic needs them.
+        """
+
+    @abstractmethod
+    def logits(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:
+        """Return what each teacher says of each fake, (n, B).
+
+        Args:
+            parameters: name -> (n, ...).
+            fakes: (B, *sample_shape), the same for all teachers.
+            one_hot: (B, y).
         """
 
     @abstractmethod
@@ -61,14 +86,35 @@ class LoopBackend(TeacherBackend):
         return own
 
     @torch.enable_grad()
-    def training_gradients(self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Stack:  # noqa: D102
+    def training_gradients(  # noqa: D102
+        self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None = None
+    ) -> Stack:
         gradients = {name: torch.empty_like(values) for name, values in parameters.items()}
         for row in range(real.shape[0]):
             own = self._load(parameters, row)
-            loss = discriminator_loss(self.network(real[row], one_hot[row]), self.network(fake[row], one_hot[row]))
-            for stacked, gradient in zip(gradients.values(), torch.autograd.grad(loss, own), strict=True):
+            loss = self._training_loss(real[row], fake[row], one_hot[row], shares)
+            # A Wasserstein critic's shift has no slope; what a loss does not reach has gradient zero.
+            found = torch.autograd.grad(loss, own, materialize_grads=True)
+            for stacked, gradient in zip(gradients.values(), found, strict=True):
                 stacked[row] = gradient
         return gradients
+
+    def _training_loss(self, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None) -> Tensor:
+        judged_real, judged_fake = self.network(real, one_hot), self.network(fake, one_hot)
+        if self.objective == "non_saturating":
+            return discriminator_loss(judged_real, judged_fake)
+        points = between(real, fake, _given(shares)).detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(self.network(points, one_hot).sum(), points, create_graph=True)
+        return wasserstein_critic_loss(judged_real, judged_fake, slopes, penalty=self.penalty)
+
+    @torch.no_grad()
+    def logits(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:  # noqa: D102
+        num_rows = next(iter(parameters.values())).shape[0]
+        said = fakes.new_empty(num_rows, fakes.shape[0])
+        for row in range(num_rows):
+            self._load(parameters, row)
+            said[row] = self.network(fakes, one_hot)
+        return said
 
     @torch.enable_grad()
     def descent_directions(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:  # noqa: D102
@@ -80,7 +126,7 @@ class LoopBackend(TeacherBackend):
         try:
             for row in range(num_rows):
                 self._load(parameters, row)
-                loss = generator_loss(self.network(inputs, one_hot))
+                loss = generator_loss(self.network(inputs, one_hot), self.objective)
                 torch.neg(torch.autograd.grad(loss, inputs)[0], out=directions[row])
         finally:
             for parameter in self.network.parameters():
@@ -96,18 +142,46 @@ class StackedBackend(TeacherBackend):
         judged_fake = functional_call(self.network, own, (fake, one_hot))
         return discriminator_loss(judged_real, judged_fake)
 
-    def _negative_generator_loss(self, fakes: Tensor, own: Stack, one_hot: Tensor) -> Tensor:
-        return -generator_loss(functional_call(self.network, own, (fakes, one_hot)))
+    def _critic_loss(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor) -> Tensor:
+        def total_score(samples: Tensor) -> Tensor:
+            total: Tensor = functional_call(self.network, own, (samples, one_hot)).sum()
+            return total
 
-    def training_gradients(self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Stack:  # noqa: D102
+        judged_real = functional_call(self.network, own, (real, one_hot))
+        judged_fake = functional_call(self.network, own, (fake, one_hot))
+        slopes = grad(total_score)(between(real, fake, shares))
+        return wasserstein_critic_loss(judged_real, judged_fake, slopes, penalty=self.penalty)
+
+    def _negative_generator_loss(self, fakes: Tensor, own: Stack, one_hot: Tensor) -> Tensor:
+        return -generator_loss(functional_call(self.network, own, (fakes, one_hot)), self.objective)
+
+    def training_gradients(  # noqa: D102
+        self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None = None
+    ) -> Stack:
         # One gradient per teacher, no mean over teachers: that would scale each by 1/n, visible through Adam's eps.
-        gradients: Stack = vmap(grad(self._training_loss))(parameters, real, fake, one_hot)
+        gradients: Stack
+        if self.objective == "non_saturating":
+            gradients = vmap(grad(self._training_loss))(parameters, real, fake, one_hot)
+        else:
+            each = vmap(grad(self._critic_loss), in_dims=(0, 0, 0, 0, None))
+            gradients = each(parameters, real, fake, one_hot, _given(shares))
         return gradients
+
+    @torch.no_grad()
+    def logits(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:  # noqa: D102
+        said: Tensor = vmap(lambda own: functional_call(self.network, own, (fakes, one_hot)))(parameters)
+        return said
 
     def descent_directions(self, parameters: Stack, fakes: Tensor, one_hot: Tensor) -> Tensor:  # noqa: D102
         each = vmap(grad(self._negative_generator_loss), in_dims=(None, 0, None))
         directions: Tensor = each(fakes.detach(), parameters, one_hot)
         return directions
+
+
+def _given(shares: Tensor | None) -> Tensor:
+    if shares is None:
+        raise ValueError("Expected shares for the slopes of a Wasserstein critic, got none. Pass shares, (B,).")
+    return shares
 
 
 def saved_bytes_per_sample(network: Discriminator, sample_shape: tuple[int, ...], num_classes: int) -> int:

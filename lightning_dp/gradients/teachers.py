@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.errors import DataError
+from lightning_dp.errors import ConfigurationError, DataError
 
 FakeSource = Callable[[Tensor], Tensor]
 """Public labels (n,) in, what teachers judge of the generator's images out, detached: (n, *judged_shape)."""
@@ -89,6 +89,28 @@ class TeacherShards:
     def is_single_record(self) -> bool:
         """Whether no teacher holds more than one record."""
         return int(self.sizes.max()) <= 1
+
+    def check_fit(self, *, num_teachers: int, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        """Refuse an ensemble, or a statement on the data, that these shards do not fit.
+
+        Raises:
+            ConfigurationError: Teachers, shape or labels differ.
+        """
+        if self.num_teachers != num_teachers:
+            raise ConfigurationError(
+                f"Expected shards for num_teachers={num_teachers}, got shards.num_teachers={self.num_teachers}. "
+                "Make the partition with the same number."
+            )
+        if self.image_shape != tuple(image_shape):
+            raise ConfigurationError(
+                f"Expected images of shape {self.image_shape}, got image_shape={image_shape}. "
+                "Pass the datamodule's image_shape."
+            )
+        if int(self.labels.min()) < 0 or int(self.labels.max()) >= num_classes:
+            raise ConfigurationError(
+                f"Expected labels in [0, {num_classes}), got others for num_classes={num_classes}. "
+                "Pass the datamodule's num_classes."
+            )
 
     def common_batch(self, batch_size: int) -> int:
         """Return the batch that every teacher uses: min(batch_size, N // T), at least 1.
@@ -210,12 +232,14 @@ class TeacherEnsemble(ABC):
         """
 
     @abstractmethod
-    def row_chunks(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
+    def row_chunks(self, fakes: Tensor, labels: Tensor, judges: Tensor | None = None) -> Iterator[RowChunk]:
         """Yield rows for a batch of fakes, a bounded number of teachers at a time, each teacher once per query.
 
         Args:
             fakes: What teachers judge of the fake images, (B, *judged_shape), detached.
             labels: Public labels of the fakes, int64, (B,).
+            judges: Which teachers speak, distinct, int64, (m,), m may be 0; None lets all of them. Private where they
+                were drawn by secret coins: no teacher's training may depend on it.
         """
 
     @abstractmethod

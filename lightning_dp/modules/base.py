@@ -159,6 +159,11 @@ class PrivateModule(pl.LightningModule, ABC):
         """Components taken as public without a proof, in words; any makes the claim CONDITIONAL, without an epsilon."""
         return ()
 
+    @property
+    def unverified(self) -> tuple[str, ...]:
+        """Steps of the proof that this run does not keep, in words; any makes the claim UNVERIFIED."""
+        return ()
+
     # The door --------------------------------------------------------------------------------------------------------
 
     def attach(self, session: ReleaseSession, optimizers: Iterable[Optimizer]) -> None:

@@ -1,7 +1,8 @@
 """Teacher-ensemble GAN: teachers of disjoint shards judge fake images; the generator follows their private aggregate.
 
-DataLens (Wang et al. 2021, CCS, Algorithm 1) with mechanism TopAgg and discriminator teachers; other mechanisms and
-other teachers plug in. What leaves is, per fake image, one released direction in the generator's output space.
+DataLens (Wang et al. 2021, CCS, Algorithm 1) with mechanism TopAgg and discriminator teachers; G-PATE with GNMax;
+GS-WGAN with Gaussian and Wasserstein critics, few of which judge at a time. What leaves is, per fake image, one
+released direction in the generator's output space.
 """
 
 import math
@@ -13,8 +14,10 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.errors import ConfigurationError
+from lightning_dp.accounting.events import Sampling
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.energy_teachers import DirectionChunk, PublicShapes
+from lightning_dp.gradients.poisson import PoissonSampler
 from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
@@ -31,14 +34,20 @@ class TeacherEnsembleGAN(PrivateModule):
     """A generator that learns from the released votes of teachers on disjoint shards.
 
     Guarantee: a record reaches one teacher (class-wise: one per label it may have), whose rows the mechanism bounds;
-    all else that the generator sees is public or released. The sensitivity stands in `ContributionSpec.teachers` and
-    `ContributionSpec.class_wise_teachers`.
+    all else that the generator sees is public or released. The sensitivity stands in `ContributionSpec.teachers`,
+    `ContributionSpec.class_wise_teachers` and `ContributionSpec.sampled_teachers`.
 
     Args:
         generator: The network that leaves.
         teachers: The ensemble; its records, parameters and optimizer states stay.
         basis: Public basis in which teachers judge images; null judges pixels, as the paper does.
         images_per_step: Fake images judged in one release.
+        expected_judges: Mean number of teachers that judge in a release, each by a secret coin of its own; null lets
+            all of them. Teachers are trained alike whether they judge or not: what the coins were worth would be lost
+            if a teacher's state told that it had judged before.
+        accounting: joint charges the images of a release as the one vector that they are. per_image charges one image
+            instead of all, as the published program of GS-WGAN does; that holds for no run in which the images share
+            their judges, so the claim is UNVERIFIED and states no epsilon.
         partition: How records are dealt to teachers: a fixed permutation of slots, or a keyed hash of record ids.
         partition_key: Public key of the partition.
         step_size: Scale of the released direction (alpha of the paper; Adam makes it nearly irrelevant).
@@ -63,6 +72,8 @@ class TeacherEnsembleGAN(PrivateModule):
         basis: PublicBasis | None = None,
         *,
         images_per_step: int = 30,
+        expected_judges: float | None = None,
+        accounting: Literal["joint", "per_image"] = "joint",
         partition: Literal["permutation", "hash"] = "permutation",
         partition_key: int = 0,
         step_size: float = 1e-3,
@@ -80,6 +91,7 @@ class TeacherEnsembleGAN(PrivateModule):
             step_size=step_size,
             learning_rate=learning_rate,
             pool_per_class=pool_per_class,
+            expected_judges=1 if expected_judges is None else expected_judges,
         )
         if not 0 <= ema_decay < 1:
             raise ConfigurationError(f"Expected 0 <= model.ema_decay < 1, got ema_decay={ema_decay}.")
@@ -94,6 +106,8 @@ class TeacherEnsembleGAN(PrivateModule):
         self.teachers = teachers
         self.basis = basis
         self.images_per_step = images_per_step
+        self.expected_judges = expected_judges
+        self.accounting = accounting
         self.partition: Literal["permutation", "hash"] = partition
         self.partition_key = partition_key
         self.step_size = step_size
@@ -104,7 +118,13 @@ class TeacherEnsembleGAN(PrivateModule):
         self.final_learning_rate_share = final_learning_rate_share
         self.public_seed = public_seed
         self._round = 0
+        self._sampler: PoissonSampler | None = None
         self._class_wise = teachers.row_structure(images_per_step).class_wise
+        if self._class_wise and (expected_judges is not None or accounting != "joint"):
+            raise ConfigurationError(
+                f"{type(teachers).__name__} all judge, and are charged jointly; leave {expected_judges=} and "
+                f"{accounting=} out, or choose DiscriminatorTeachers."
+            )
         if self._class_wise and images_per_step % generator.num_classes:
             raise ConfigurationError(
                 f"Expected model.images_per_step to be a multiple of the {generator.num_classes} classes, got "
@@ -122,6 +142,28 @@ class TeacherEnsembleGAN(PrivateModule):
                 f"the data are {data.image_shape} of {data.num_classes}; change model.generator or data."
             )
         data.teacher_partition(self._num_teachers, method=self.partition, key=self.partition_key)
+        if self.expected_judges is not None and self.expected_judges > self._num_teachers:
+            raise ConfigurationError(
+                f"Expected model.expected_judges <= {self._num_teachers}, the number of teachers, got "
+                f"expected_judges={self.expected_judges}."
+            )
+
+    @property
+    @override
+    def sampling(self) -> Sampling:
+        if self.expected_judges is None:
+            return super().sampling
+        return Sampling(scheme="poisson", rate=self.expected_judges / self._num_teachers)
+
+    @property
+    @override
+    def unverified(self) -> tuple[str, ...]:
+        if self.accounting == "joint":
+            return ()
+        return (
+            "that each image of a release is judged by teachers drawn for it alone, as the published accounting of "
+            "GS-WGAN takes it; here, as there, all images share their judges",
+        )
 
     @override
     def public_plan(self) -> dict[str, Any]:
@@ -155,10 +197,16 @@ class TeacherEnsembleGAN(PrivateModule):
                 vector_dim=self.vector_dim,
                 single_record=structure.single_record,
             )
+        charged = structure.images_per_row if self.accounting == "joint" else 1
+        if self.expected_judges is not None:
+            return ContributionSpec.sampled_teachers(
+                num_teachers=self._num_teachers,
+                expected_judges=self.expected_judges,
+                vectors_per_row=charged,
+                vector_dim=self.vector_dim,
+            )
         return ContributionSpec.teachers(
-            num_teachers=self._num_teachers,
-            vectors_per_row=structure.images_per_row,
-            vector_dim=self.vector_dim,
+            num_teachers=self._num_teachers, vectors_per_row=charged, vector_dim=self.vector_dim
         )
 
     @override
@@ -195,6 +243,17 @@ class TeacherEnsembleGAN(PrivateModule):
             seed=self.public_seed,
             encode=self.basis,
         )
+        if self.expected_judges is not None:
+            # New coins at every start of a process: a resumed run must not draw the judges of the first again.
+            self._sampler = PoissonSampler(self._num_teachers, self.sampling.rate, insecure_seed=self.insecure_seed)
+
+    def draw_judges(self) -> Tensor | None:
+        """Return who judges in this step, private indices of teachers, possibly none; None if all do."""
+        if self.expected_judges is None:
+            return None
+        if self._sampler is None:
+            raise PrivacyProtocolError("Judges are drawn after setup(), which the trainer calls.")
+        return self._sampler.draw()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -213,7 +272,7 @@ class TeacherEnsembleGAN(PrivateModule):
         labels = self._public_labels()
         latent = self.generator.sample_latent(self.images_per_step, self._public_stream(_LATENT))
         fakes = self._judged(self.generator(latent, labels))  # (B, d), or (B, C, H, W) without a basis
-        rows = self.teachers.row_chunks(fakes.detach(), labels)
+        rows = self.teachers.row_chunks(fakes.detach(), labels, self.draw_judges())
         shape = (self.images_per_step, self.vector_dim)
         released = self.release(rows, shape)
         if self.repulsion > 0:

@@ -10,7 +10,8 @@ from lightning_dp.gradients.teachers import TeacherShards
 from lightning_dp.losses.adversarial import discriminator_loss, generator_loss
 
 SHAPE, CLASSES, TEACHERS, BATCH = (1, 8, 8), 3, 5, 4
-ALL = [(network, backend) for network in NETWORKS for backend in ("loop", "stacked")]
+SMALL = ("datalens", "small_conv", "mlp")
+ALL = [(network, backend) for network in SMALL for backend in ("loop", "stacked")]
 
 
 @pytest.fixture
@@ -95,14 +96,14 @@ def reference(network, steps_per_round):
 def test_both_backends_equal_separate_modules_with_separate_optimizers(network, backend):
     parameters, rows = reference(network, steps_per_round=(3, 2))  # 5 Adam steps
     teachers = run(make_teachers(network, backend))
-    assert teachers.state_dict()["optimizer_steps"] == 5
+    assert teachers.state_dict()["rounds"] == 2
     for name, stack in teachers.state_dict()["parameters"].items():
         torch.testing.assert_close(stack, torch.stack([own[name] for own in parameters]), rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(rows_of(teachers), rows, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.usefixtures("_double")
-@pytest.mark.parametrize("network", list(NETWORKS))
+@pytest.mark.parametrize("network", SMALL)
 def test_losses_and_gradients_of_the_backends_agree(network):
     fakes = fakes_of(torch.arange(CLASSES).repeat(BATCH)).unflatten(0, (BATCH, CLASSES))
     loop, stacked = make_teachers(network, "loop"), make_teachers(network, "stacked")
@@ -130,7 +131,7 @@ def test_chunk_size_changes_nothing(network, backend):
     torch.testing.assert_close(rows_of(whole), rows_of(parts), rtol=1e-6, atol=1e-11)
 
 
-@pytest.mark.parametrize("network", list(NETWORKS))
+@pytest.mark.parametrize("network", SMALL)
 def test_state_moves_between_backends_and_resumes(network):
     first = run(make_teachers(network, "loop"))
     second = make_teachers(network, "stacked")
@@ -141,7 +142,7 @@ def test_state_moves_between_backends_and_resumes(network):
     for teachers in (first, third):
         teachers.train(lambda labels: fakes_of(labels, 9), step=2)
     assert all(torch.equal(stack, tensors_of(third)[key]) for key, stack in tensors_of(first).items())
-    assert third.state_dict()["optimizer_steps"] == 7  # no second pretraining
+    assert third.state_dict()["rounds"] == 3  # no second pretraining
 
 
 def test_teachers_start_apart_and_reproducibly():
@@ -205,24 +206,24 @@ def test_teachers_judge_encoded_records():
 
 def test_automatic_choice_follows_the_measurements():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    chosen = {network: choose_backend(network, cpu) for network in NETWORKS}
+    chosen = {network: choose_backend(network, cpu) for network in SMALL}
     assert chosen == {"datalens": "loop", "small_conv": "loop", "mlp": "stacked"}
     assert {choose_backend(network, cuda) for network in NETWORKS} == {"stacked"}
-    assert {network: make_teachers(network, "auto").chosen_backend for network in NETWORKS} == chosen
+    assert {network: make_teachers(network, "auto").chosen_backend for network in SMALL} == chosen
 
 
 def test_automatic_chunk_keeps_to_the_memory_budget(monkeypatch):
     teachers = make_teachers("mlp", "stacked", chunk_size=None)
-    assert [chunk.stop for chunk in teachers._chunks(8)] == [5]
+    assert [chunk.stop for chunk in teachers._chunks(8, slice(0, 5))] == [5]
     monkeypatch.setattr("lightning_dp.gradients.discriminator_teachers.CPU_MEMORY_BUDGET", 1)
     teachers = make_teachers("mlp", "stacked", chunk_size=None)
-    assert [chunk.stop for chunk in teachers._chunks(8)] == [1, 2, 3, 4, 5]
+    assert [chunk.stop for chunk in teachers._chunks(8, slice(0, 5))] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"network": "resnet"}, r"network to be one of datalens, small_conv, mlp, got network='resnet'"),
+        ({"network": "resnet"}, r"network to be one of datalens, gswgan, small_conv, mlp, got network='resnet'"),
         ({"backend": "gpu"}, r"backend to be one of auto, loop, stacked"),
         ({"num_teachers": 0}, r"num_teachers >= 1"),
         ({"chunk_size": 0}, r"chunk_size >= 1"),
