@@ -4,7 +4,6 @@ Shapes: T teachers, n of one chunk, B samples of a batch, y classes, d numbers o
 """
 
 import math
-import tempfile
 from collections.abc import Iterator
 from typing import Any, Final, Literal, get_args
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.mapped_state import MappedState
 from lightning_dp.gradients.teacher_backends import (
     LoopBackend,
     Stack,
@@ -53,6 +53,7 @@ CPU_CHUNKS: Final[dict[tuple[str, str], int]] = {
 CPU_MEMORY_BUDGET: Final = 1_500_000_000
 CUDA_FREE_FRACTION: Final = 0.5
 ADAM_EPS: Final = 1e-8
+_DROPPED_AT_ONCE: Final = 8
 
 
 def choose_backend(network: str, device: torch.device) -> BackendName:
@@ -92,7 +93,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         objective: non_saturating (DataLens, G-PATE) or wasserstein with a gradient penalty (GS-WGAN).
         penalty: Weight of the gradient penalty of a Wasserstein critic.
         state_dir: Folder for parameters and moments as memory-mapped files, for ensembles larger than memory (4000
-            DataLens teachers take 27 GB); CPU only. The files are private and vanish with the process.
+            DataLens teachers take 27 GB); Linux, CPU only. The files are private and vanish with the process.
 
     Raises:
         ConfigurationError: A setting is out of range or unknown.
@@ -145,6 +146,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.objective: Objective = objective
         self.penalty, self.state_dir = penalty, state_dir
         self._parameters: Stack = {}
+        self._files: tuple[MappedState, ...] = ()
         self._rounds = 0
 
     def bind(  # noqa: D102
@@ -176,9 +178,11 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 "critic. Choose network='gswgan', 'small_conv' or 'mlp'."
             )
         self._seed = seed
+        self._files = self._mapped_state()
         self._parameters = self._initial_parameters(network, seed)
-        self._exp_avg = {name: self._zeros(stack.shape, stack.dtype) for name, stack in self._parameters.items()}
-        self._exp_avg_sq = {name: self._zeros(stack.shape, stack.dtype) for name, stack in self._parameters.items()}
+        like = [(name, stack.shape, stack.dtype) for name, stack in self._parameters.items()]
+        self._exp_avg = {name: self._zeros(shape, dtype, moments=True) for name, shape, dtype in like}
+        self._exp_avg_sq = {name: self._zeros(shape, dtype, moments=True) for name, shape, dtype in like}
         self._rounds = 0
         chosen = self.backend_name
         if chosen == "auto":
@@ -196,7 +200,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         repeats = self.train_steps if self._rounds else self.pretrain_steps
         block, visit = self._turn(step)
         steps_before = self._optimizer_steps(self._turn(self._rounds)[1])
-        for teachers in self._chunks(2 * self._batch, block):
+        for teachers in self._chunks(2 * self._batch, block, self._files):
             real, fake, one_hot = self._round_batch(teachers, fakes, visit)
             for repeat in range(repeats):
                 shares = self._public_shares(step, repeat, like=real)
@@ -256,7 +260,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
             )
         one_hot = F.one_hot(labels, self._num_classes).to(fakes.dtype)
         ids = torch.arange(self.num_teachers, device=self._device) if judges is None else judges.to(self._device)
-        for part in self._chunks(num_images, slice(0, len(ids))):
+        for part in self._chunks(num_images, slice(0, len(ids)), self._files[:1] if judges is None else ()):
             own = self._slice(self._parameters, part if judges is None else ids[part])
             yield ids[part], own, one_hot
 
@@ -308,24 +312,25 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 network.reset_parameters()
                 for name, parameter in names.items():
                     stacks[name][teacher] = parameter
+                if self._files and teacher % _DROPPED_AT_ONCE == _DROPPED_AT_ONCE - 1:
+                    self._files[0].drop(slice(teacher + 1 - _DROPPED_AT_ONCE, teacher + 1))
         return stacks
 
-    def _zeros(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a stack of zeros, in memory or in a file that only this process can reach."""
+    def _mapped_state(self) -> tuple[MappedState, ...]:
+        """Return the files of parameters and of moments (rows need the first only), or nothing."""
         if self.state_dir is None:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
+            return ()
         if self._device.type != "cpu":
             raise ConfigurationError(
                 f"teachers.state_dir={self.state_dir} works on a CPU only, got device={self._device}. Leave it out."
             )
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.state_dir, prefix="teachers-") as file:
-                stack = torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype)
-        except OSError as error:
-            raise ConfigurationError(
-                f"Cannot keep teachers in teachers.state_dir={self.state_dir} ({error.strerror}). Choose another one."
-            ) from None
-        return stack.view(shape)  # the mapping outlives the file's name
+        return MappedState(self.state_dir, self.num_teachers), MappedState(self.state_dir, self.num_teachers)
+
+    def _zeros(self, shape: torch.Size, dtype: torch.dtype, *, moments: bool = False) -> Tensor:
+        """Return a stack of zeros, in memory or in a file that only this process can reach."""
+        if self._files:
+            return self._files[moments].zeros(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=self._device)
 
     def _round_batch(self, teachers: slice, fakes: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return real (n, B, ...), fake (n, B, ...) and one-hot labels (n, B, y) of one round."""
@@ -369,10 +374,16 @@ class DiscriminatorTeachers(TeacherEnsemble):
     def _slice(stack: Stack, teachers: slice | Tensor) -> Stack:
         return {name: values[teachers] for name, values in stack.items()}
 
-    def _chunks(self, samples: int, within: slice) -> Iterator[slice]:
+    def _chunks(self, samples: int, within: slice, files: tuple[MappedState, ...] = ()) -> Iterator[slice]:
+        """Yield chunks; of teachers that live in `files`, the next chunk is read while this one works."""
         size = self.chunk_size or self._automatic_chunk(samples)
         for start in range(within.start, within.stop, size):
-            yield slice(start, min(start + size, within.stop))
+            chunk = slice(start, min(start + size, within.stop))
+            for part in files:
+                part.fetch(slice(start if start == within.start else chunk.stop, min(chunk.stop + size, within.stop)))
+            yield chunk
+            for part in files:
+                part.drop(chunk)
 
     def _automatic_chunk(self, samples: int) -> int:
         """Return how many teachers fit the memory budget and, on a CPU, the cache."""
