@@ -231,16 +231,20 @@ class DiscriminatorTeachers(TeacherEnsemble):
             values = self._backend.descent_directions(own, fakes.detach(), one_hot).flatten(2)  # (n, B, d)
             yield self._chunk(teacher_ids, values)
 
-    def vote_chunks(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
+    def vote_chunks(self, fakes: Tensor, labels: Tensor, *, is_relative: bool = False) -> Iterator[RowChunk]:
         """Yield each teacher's vote on each fake: values +1 for real, -1 for fake, (n, B, 1).
 
         Args:
             fakes: As in `row_chunks`.
             labels: As in `row_chunks`.
+            is_relative: Vote +1 for a fake that looks more real to the teacher than its mean fake of the same label.
         """
         for teacher_ids, own, one_hot in self._judging(fakes, labels, None):
-            says_real = self._backend.logits(own, fakes.detach(), one_hot) > 0
-            yield self._chunk(teacher_ids, 2.0 * says_real[:, :, None] - 1.0)
+            logits = self._backend.logits(own, fakes.detach(), one_hot)  # (n, B)
+            if is_relative:
+                means = (logits @ one_hot) / one_hot.sum(0).clamp(min=1)  # (n, y)
+                logits = logits - means[:, labels]
+            yield self._chunk(teacher_ids, 2.0 * (logits > 0)[:, :, None] - 1.0)
 
     def _chunk(self, teacher_ids: Tensor, values: Tensor) -> RowChunk:
         # A teacher without records abstains, so that its rows do not tell an empty shard's initial network apart.
