@@ -4,8 +4,9 @@ Symbols: n and m points, d coordinates, C the (n, m) cost matrix.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -85,23 +86,29 @@ class TransportCost:
         """What two different labels add."""
         return 2 * self.label_weight**2 + 2 * self.l1_weight * self.label_weight
 
-    def matrix(self, first: PointCloud, second: PointCloud) -> Tensor:
+    def matrix(self, first: PointCloud, second: PointCloud, *, compiled: bool = False) -> Tensor:
         """Return the costs between all pairs, (n, m), float64.
 
         Products are taken in float64, which neither TF32 nor autocast rounds: |x|^2 + |y|^2 - 2xy in lower precision
         is off by more than the temperature.
+
+        Args:
+            first: n points.
+            second: m points.
+            compiled: Whether the L1 part is one compiled loop, once for each pair of shapes.
         """
         x, y = first.points.double(), second.points.double()
         total = torch.addmm(x.square().sum(1)[:, None] + y.square().sum(1)[None, :], x, y.T, alpha=-2)
         if self.l1_weight > 0:
-            total += self.l1_weight * _l1_distances(first.points, second.points)
+            distances = compiled_kernel(l1_distances_at_once) if compiled else _l1_distances
+            total += self.l1_weight * distances(first.points, second.points)
         if first.labels is not None and second.labels is not None:
             total += self.label_cost * (first.labels[:, None] != second.labels[None, :])
         elif first.labels is not second.labels:
             raise ValueError("Expected labels for both clouds or for none of them; one has labels.")
         return total
 
-    def gradient(self, first: PointCloud, second: PointCloud, weights: Tensor) -> Tensor:
+    def gradient(self, first: PointCloud, second: PointCloud, weights: Tensor, *, compiled: bool = False) -> Tensor:
         """Return sum_j weights_ij dC_ij/dx_i, the gradient of <weights, C> with respect to the first points.
 
         The squared part is 2 (x_i sum_j weights_ij - (weights y)_i); the L1 part sums signs, zero at equal coordinates.
@@ -110,6 +117,7 @@ class TransportCost:
             first: n points x.
             second: m points y.
             weights: (n, m), float64.
+            compiled: As in `matrix`.
 
         Returns:
             (n, d), of the type of the first points.
@@ -117,8 +125,25 @@ class TransportCost:
         x, y = first.points.double(), second.points.double()
         total = torch.addmm(x * weights.sum(1, keepdim=True), weights, y, alpha=-2, beta=2)
         if self.l1_weight > 0:
-            total += self.l1_weight * _weighted_signs(first.points, second.points, weights)
+            signs = compiled_kernel(weighted_signs_at_once) if compiled else _weighted_signs
+            total += self.l1_weight * signs(first.points, second.points, weights)
         return total.to(first.points.dtype)
+
+
+@cache
+def compiled_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function compiled for fixed shapes: one loop that never writes its tensor over pairs and coordinates."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def l1_distances_at_once(x: Tensor, y: Tensor) -> Tensor:
+    """Return the L1 distances of all pairs, (n, m); to be compiled, since it holds (n, m, d) otherwise."""
+    return (x[:, None] - y[None]).abs().sum(-1)
+
+
+def weighted_signs_at_once(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Return sum_j weights_ij sign(x_i - y_j), (n, d); to be compiled likewise."""
+    return (weights.to(x.dtype)[:, :, None] * (x[:, None] - y[None]).sign()).sum(1)
 
 
 def _l1_distances(x: Tensor, y: Tensor) -> Tensor:
