@@ -32,7 +32,7 @@ def test_every_run_of_the_sweep_is_planned_as_asked(flags, monkeypatch):
     cli = plan_cli(ROOT / command[command.index("--config") + 1], *flags)
     asked = dict(flag.lstrip("-").split("=") for flag in flags)
     assert type(cli.privatizer.mechanism).__name__ == asked["mechanism"]
-    assert cli.privatizer.settings.target_epsilon == float(asked["privacy.target_epsilon"])
+    assert cli.resolved()["privacy"]["target_epsilon"] == float(asked["privacy.target_epsilon"])
     assert cli.resolved()["seed_everything"] == 2
 
 
