@@ -147,7 +147,7 @@ class RunFolder(pl.Callback):
         )
 
     def _epsilon_curve(self) -> tuple[tuple[float, float], ...]:
-        accountant = self.privatizer.accountant
+        accountant, privacy = self.privatizer.accountant, self.privatizer.accountant.privacy
         if accountant.claim().epsilon is None:
             return ()
         entries = accountant.ledger.entries
@@ -156,7 +156,9 @@ class RunFolder(pl.Callback):
         curve = []
         for count in points:
             counts = Counter((entry.event, entry.sampling) for entry in entries[:count])
-            spent = compute_epsilon(counts, delta=accountant.privacy.target_delta, relation=accountant.privacy.relation)
+            spent = compute_epsilon(
+                counts, delta=privacy.target_delta, relation=privacy.relation, accountant=privacy.accountant
+            )
             curve.append((float(count), spent.epsilon))
         return tuple(curve)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dp_accounting import NeighboringRelation
 
-from lightning_dp.accounting.accountants import checked_delta, compute_epsilon, quick_epsilon_bound
+from lightning_dp.accounting.accountants import Accountant, checked_delta, compute_epsilon, quick_epsilon_bound
 from lightning_dp.accounting.composition import canonical_terms, is_unsampled
 from lightning_dp.accounting.events import (
     GaussianRelease,
@@ -28,6 +28,7 @@ def calibrate_noise_multiplier(
     make_event: Callable[[float], ReleaseEvent],
     sampling: Sampling,
     relation: str | NeighboringRelation,
+    accountant: Accountant = "auto",
 ) -> float:
     """Return the smallest noise multiplier at which the planned releases keep the budget.
 
@@ -41,6 +42,7 @@ def calibrate_noise_multiplier(
         make_event: The event of one release at a given noise multiplier; more noise must not cost more.
         sampling: How records enter each release.
         relation: The neighbouring relation of the events' sensitivities.
+        accountant: The one that will state the epsilon, as in `compute_epsilon`.
 
     Returns:
         The multiplier; its epsilon is never above the target and at most 1e-5 of the target below it, unless the
@@ -67,7 +69,8 @@ def calibrate_noise_multiplier(
         return quick_epsilon_bound({(make_event(noise), sampling): num_releases}, delta=delta, relation=relation)
 
     def full(noise: float) -> float:
-        return compute_epsilon({(make_event(noise), sampling): num_releases}, delta=delta, relation=relation).epsilon
+        counts = {(make_event(noise), sampling): num_releases}
+        return compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant).epsilon
 
     def amplified(noise: float) -> float:
         event, way = _as_add_or_remove(make_event(noise), relation), NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -80,7 +83,8 @@ def calibrate_noise_multiplier(
         guess=1.0,
         rel_tol=1e-7 if is_exact else 1e-3,
     )
-    noise = near if is_exact or math.isinf(near) else smallest_noise(full, target, guess=near)
+    is_final = math.isinf(near) or (is_exact and accountant == "auto")
+    noise = near if is_final else smallest_noise(full, target, guess=near)
     if math.isinf(noise):
         raise ConfigurationError(
             f"No noise multiplier reaches target_epsilon={target} at target_delta={delta:g} for "
@@ -96,6 +100,7 @@ def max_releases(
     target_epsilon: float,
     target_delta: float,
     relation: str | NeighboringRelation,
+    accountant: Accountant = "auto",
 ) -> int:
     """Return how many releases of one kind the budget holds.
 
@@ -107,6 +112,7 @@ def max_releases(
         target_epsilon: Epsilon of the whole run, finite and > 0.
         target_delta: Its delta, in (0, 1).
         relation: The neighbouring relation of the event's sensitivity.
+        accountant: The one that will state the epsilon, as in `compute_epsilon`.
 
     Returns:
         The largest count whose epsilon is at most the target; 0 if one release is too much; at most 10^9.
@@ -121,11 +127,12 @@ def max_releases(
         return quick_epsilon_bound({(event, sampling): count}, delta=delta, relation=relation)
 
     allowed = largest_count(quick, target)
-    if is_unsampled(canonical_terms({(event, sampling): 1})):
+    if accountant == "auto" and is_unsampled(canonical_terms({(event, sampling): 1})):
         return allowed
 
     def full(count: int) -> float:
-        return compute_epsilon({(event, sampling): count}, delta=delta, relation=relation).epsilon
+        counts = {(event, sampling): count}
+        return compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant).epsilon
 
     return largest_count(full, target, guess=allowed)
 

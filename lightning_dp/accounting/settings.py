@@ -100,6 +100,7 @@ def resolve_budget(
             make_event=make_event,
             sampling=sampling,
             relation=relation,
+            accountant=settings.accountant,
         )
         return PrivacyBudget(noise_multiplier=noise, num_releases=max_steps, epsilon=target, delta=delta)
     if noise is None:
@@ -114,9 +115,17 @@ def resolve_budget(
                 f"privacy.noise_multiplier={noise} alone does not bound the run: "
                 "add --trainer.max_steps or --privacy.target_epsilon."
             )
-        spent = compute_epsilon({(event, sampling): max_steps}, delta=delta, relation=relation)
+        counts = {(event, sampling): max_steps}
+        spent = compute_epsilon(counts, delta=delta, relation=relation, accountant=settings.accountant)
         return PrivacyBudget(noise_multiplier=noise, num_releases=max_steps, epsilon=spent.epsilon, delta=delta)
-    allowed = max_releases(event=event, sampling=sampling, target_epsilon=target, target_delta=delta, relation=relation)
+    allowed = max_releases(
+        event=event,
+        sampling=sampling,
+        target_epsilon=target,
+        target_delta=delta,
+        relation=relation,
+        accountant=settings.accountant,
+    )
     if allowed == 0:
         raise ConfigurationError(
             f"privacy.noise_multiplier={noise} is too small: one release already costs more than "

@@ -33,6 +33,22 @@ def test_target_and_noise_give_the_length():
     assert budget.num_releases == 149
 
 
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_the_accountant_that_states_the_epsilon_plans_it(accountant):
+    """The broken twin, planned by the exact curve, would stop a run by Renyi divergence before its last release."""
+
+    def spent(noise, count):
+        counts = {(event(noise), FULL): count}
+        return compute_epsilon(counts, delta=1e-5, relation="replace_one", accountant=accountant).epsilon
+
+    noise = resolve(max_steps=20, target_epsilon=3.0, accountant=accountant).noise_multiplier
+    assert 2.99 <= spent(noise, 20) <= 3.0
+    assert resolve(noise_multiplier=noise, target_epsilon=3.0, accountant=accountant).num_releases == 20
+    assert resolve(noise_multiplier=noise, max_steps=20, accountant=accountant).epsilon == spent(noise, 20)
+    twin = spent(resolve(max_steps=20, target_epsilon=3.0).noise_multiplier, 20)
+    assert (twin > 3.0) is (accountant == "rdp")
+
+
 def test_noise_and_length_give_epsilon():
     budget = resolve(max_steps=86, noise_multiplier=5000 / (2 * math.sqrt(200 * 15)))
     assert budget.epsilon == pytest.approx(0.7381, abs=1e-4)
