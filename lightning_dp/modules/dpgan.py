@@ -15,7 +15,7 @@ from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
-from lightning_dp.modules.records import RecordModule, check_positive
+from lightning_dp.modules.records import RecordModule, check_betas, check_positive
 from lightning_dp.modules.release import PublicRows
 from lightning_dp.networks.discriminator import Discriminator
 from lightning_dp.networks.generator import Generator
@@ -83,6 +83,7 @@ class DPGAN(RecordModule):
             learning_rate=learning_rate,
             generator_learning_rate=self.generator_learning_rate,
         )
+        check_betas(betas)
         self.generator = generator
         self.critic = critic
         self.keep_average(generator)

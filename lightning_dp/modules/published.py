@@ -11,7 +11,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import lightning_dp.networks
 from lightning_dp.errors import ConfigurationError, DataError
@@ -48,7 +48,7 @@ def save_released(folder: Path, network: ReleasableNetwork, claim: dict[str, Any
     weights = {name: value.detach().cpu().contiguous() for name, value in network.named_parameters()}
     facts = {"format": _FORMAT, "class": type(network).__name__, "options": network.options(), "claim": claim}
     facts_file.write_text(json.dumps(facts, indent=2) + "\n")
-    save_file(weights, weights_file)
+    weights_file.write_bytes(save(weights))  # save_file would shut the public file to other users
     return weights_file
 
 

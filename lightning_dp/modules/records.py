@@ -234,3 +234,13 @@ def check_decay(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ConfigurationError(f"Expected 0 <= model.{name} < 1, got {name}={value}.")
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Refuse betas that Adam does not take.
+
+    Raises:
+        ConfigurationError: Not two numbers in [0, 1).
+    """
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigurationError(f"Expected model.betas to be two numbers in [0, 1), got betas={list(betas)}.")

@@ -21,6 +21,7 @@ from lightning_dp.gradients.poisson import PoissonSampler
 from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.records import check_betas
 from lightning_dp.modules.release import PublicRows
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.ema import ExponentialMovingAverage
@@ -93,6 +94,7 @@ class TeacherEnsembleGAN(PrivateModule):
             pool_per_class=pool_per_class,
             expected_judges=1 if expected_judges is None else expected_judges,
         )
+        check_betas(betas)
         if not 0 <= ema_decay < 1:
             raise ConfigurationError(f"Expected 0 <= model.ema_decay < 1, got ema_decay={ema_decay}.")
         if not 0 < final_learning_rate_share <= 1:

@@ -15,7 +15,7 @@ from lightning_dp.losses.elbo import bernoulli_nll, gaussian_nll, kl_to_standard
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.keyed import keyed_normal
 from lightning_dp.modules.base import PublicFacts
-from lightning_dp.modules.records import RecordModule, check_positive, check_share, with_cosine_schedule
+from lightning_dp.modules.records import RecordModule, check_betas, check_positive, check_share, with_cosine_schedule
 from lightning_dp.networks.vae import Autoencoder, VAEDecoder, VAEEncoder
 
 _LATENT = 0  # purpose of randomness that belongs to records
@@ -72,6 +72,7 @@ class DPVAE(RecordModule):
         )
         check_positive(draws_per_record=draws_per_record, learning_rate=learning_rate, pixel_std=pixel_std)
         check_share(final_learning_rate_share=final_learning_rate_share)
+        check_betas(betas)
         if not 0 <= kl_weight < float("inf"):
             raise ConfigurationError(f"Expected a finite model.kl_weight >= 0, got kl_weight={kl_weight}.")
         self.autoencoder = Autoencoder(encoder, decoder)

@@ -198,3 +198,10 @@ def test_a_private_folder_that_was_open_is_shut(tmp_path):
     (tmp_path / "run" / "private").mkdir(parents=True, mode=0o755)
     make_run_dir(tmp_path / "run")
     assert (tmp_path / "run" / "private").stat().st_mode & 0o777 == 0o700
+
+
+def test_whoever_reads_the_claim_reads_the_weights(finished_run):
+    """The release is public: its two files have the permissions of any new file."""
+    facts, weights = (finished_run / "release" / f"generator.{kind}" for kind in ("json", "safetensors"))
+    plain = finished_run / "claim.json"
+    assert weights.stat().st_mode == facts.stat().st_mode == plain.stat().st_mode

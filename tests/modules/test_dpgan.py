@@ -214,3 +214,9 @@ def test_data_that_do_not_fit_are_refused(tmp_path):
     module = DPGAN(MLPGenerator(SHAPE, 3), MLPDiscriminator(SHAPE, 3), expected_batch_size=5)
     with pytest.raises(ConfigurationError, match="the data are"):
         train(tmp_path, module)
+
+
+@pytest.mark.parametrize("betas", [(2.0, 3.0), (0.9, 1.0), (-0.1, 0.9), (0.9, float("nan"))])
+def test_betas_that_adam_does_not_take_are_refused(betas):
+    with pytest.raises(ConfigurationError, match=r"model.betas to be two numbers in \[0, 1\)"):
+        tiny_dpgan(betas=betas)

@@ -246,3 +246,9 @@ def test_batch_norm_in_either_network_is_refused(tmp_path):
     module.autoencoder.encoder.extra = nn.BatchNorm1d(3)
     with pytest.raises(ConfigurationError, match="Batch normalisation"):
         train(tmp_path, module)
+
+
+@pytest.mark.parametrize("betas", [(2.0, 3.0), (0.9, 1.0), (-0.1, 0.9), (0.9, float("nan"))])
+def test_betas_that_adam_does_not_take_are_refused(betas):
+    with pytest.raises(ConfigurationError, match=r"model.betas to be two numbers in \[0, 1\)"):
+        tiny_vae(betas=betas)
