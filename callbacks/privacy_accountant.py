@@ -31,8 +31,8 @@ class PrivacyAccountant(pl.Callback):
 
     Attributes:
         budget: What was decided beforehand; None before setup.
-        epsilon: Epsilon of the releases so far, as last logged; None before the first, and for every run whose claim is
-            not PROVED.
+        epsilon: Epsilon as last computed; None before the first, and for every run whose claim is not PROVED.
+        epsilon_releases: How many releases that epsilon covers; where records are sampled, fewer than were made.
     """
 
     def __init__(self, *, privacy: PrivacySettings, ledger_path: Path | None = None) -> None:
@@ -40,6 +40,7 @@ class PrivacyAccountant(pl.Callback):
         self.ledger_path = ledger_path
         self.budget: PrivacyBudget | None = None
         self.epsilon: float | None = None
+        self.epsilon_releases = 0
         self._ledger: PrivacyLedger | None = None
         self._num_restored = 0
 
@@ -73,10 +74,18 @@ class PrivacyAccountant(pl.Callback):
             found = self._ledger.header.get(name)
             if found != value:
                 self._ledger.close()
+                if isinstance(found, dict) and isinstance(value, dict):  # name what differs, not all that agrees
+                    name = next(key for key in (*value, *found) if value.get(key, ...) != found.get(key, ...))
+                    found, value = found.get(name), value.get(name)
                 raise ConfigurationError(
                     f"The ledger {self.ledger_path} was opened with {name}={found!r}, now {name}={value!r}. "
                     "Resume with the settings of the run, or start a new run in another --run_dir."
                 )
+
+    def speak(self) -> None:
+        """Bring `epsilon` up to the newest release; where records are sampled, that can take longer than a step."""
+        if self.epsilon_releases != len(self.ledger):
+            self.epsilon, self.epsilon_releases = self.claim().epsilon, len(self.ledger)
 
     def claim(self) -> PrivacyClaim:
         """Return what can be said of everything released so far."""
@@ -134,7 +143,7 @@ class PrivacyAccountant(pl.Callback):
     ) -> None:
         metrics = {"privacy/releases": float(len(self.ledger))}
         if self._is_time_to_speak():
-            self.epsilon = self.claim().epsilon
+            self.speak()
             if self.epsilon is not None:
                 metrics["privacy/epsilon"] = self.epsilon
         pl_module.log_dict(metrics, logger=False)  # for other callbacks, rounded to float32
@@ -144,7 +153,7 @@ class PrivacyAccountant(pl.Callback):
         self._stop_if_spent(trainer)
 
     def _is_time_to_speak(self) -> bool:
-        """Tell whether epsilon is computed now; where records are sampled, that can take longer than a step."""
+        """Tell whether epsilon is computed after this release."""
         if all(sampling.rate == 1.0 for _, sampling in self.ledger.counts()):
             return True
         done, planned = len(self.ledger), self._budget.num_releases

@@ -17,6 +17,9 @@ _LINES_IN_A_LOG = 10
 class ReleaseProgress(ProgressBar):
     """Shows releases made, releases planned, epsilon and time; a line now and then where there is no terminal.
 
+    Where records are sampled, epsilon takes long to compute: the bar shows the last one with its release, lines compute
+    their own.
+
     Args:
         accountant: Knows the ledger.
     """
@@ -53,14 +56,20 @@ class ReleaseProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = len(self.accountant.ledger)
-        epsilon = self.accountant.epsilon
-        spent = f"epsilon {ceil_text(epsilon)}" if epsilon is not None else "no epsilon is proved"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, spent=spent)
+            self._bar.update(self._task, completed=done, spent=self._spent(done))
             return
         total = self.accountant.budget.num_releases if self.accountant.budget is not None else 0
         if trainer.is_global_zero and total and (done == total or done % max(1, total // _LINES_IN_A_LOG) == 0):
-            self._console.print(f"releases {done}/{total}, {spent}")
+            self.accountant.speak()  # a line stays, so its epsilon is that of its releases
+            self._console.print(f"releases {done}/{total}, {self._spent(done)}")
+
+    def _spent(self, done: int) -> str:
+        """Return the epsilon in words; one that is behind says of which release it is, for it only grows."""
+        epsilon, of = self.accountant.epsilon, self.accountant.epsilon_releases
+        if epsilon is None:
+            return "no epsilon is proved" if of else ""
+        return f"epsilon {ceil_text(epsilon)}" + (f" at release {of}" if of < done else "")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -3,12 +3,13 @@
 import io
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from callbacks import EvaluateGenerator, PrivateCheckpoint, ReleaseProgress, RunFolder, SampleGrid
+from callbacks import EvaluateGenerator, PrivacyAccountant, PrivateCheckpoint, ReleaseProgress, RunFolder, SampleGrid
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
@@ -36,6 +37,20 @@ class TestProgress:
     def test_no_number_where_nothing_is_proved(self, tmp_path):
         lines = self.lines(tmp_path, NoPrivacy())
         assert lines[-1] == "releases 4/4, no epsilon is proved"
+
+    def test_a_line_has_the_epsilon_of_its_releases_even_if_it_is_computed_rarely(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(PrivacyAccountant, "_is_time_to_speak", lambda self: len(self.ledger) % 7 == 0)
+        rare = self.lines(tmp_path, max_steps=25)
+        monkeypatch.undo()
+        assert rare == self.lines(tmp_path, max_steps=25)
+
+    def test_a_bar_says_of_which_release_its_epsilon_is(self):
+        accountant = SimpleNamespace(epsilon=1.25, epsilon_releases=40)
+        progress = ReleaseProgress(accountant=accountant)
+        assert progress._spent(40) == "epsilon 1.2500"
+        assert progress._spent(43) == "epsilon 1.2500 at release 40"
+        accountant.epsilon, accountant.epsilon_releases = None, 0
+        assert progress._spent(1) == ""
 
     def test_on_a_terminal_one_bar(self, tmp_path):
         text = "".join(self.lines(tmp_path, terminal=True))
