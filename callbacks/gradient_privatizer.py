@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 from typing_extensions import override
 
@@ -20,6 +21,7 @@ from lightning_dp.modules.release import ReleaseSession
 
 _logger = logging.getLogger(__name__)
 
+_RAW_LOGS = "the logs of this run staying private: telemetry.raw put numbers without noise into them"
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -30,8 +32,8 @@ class GradientPrivatizer(pl.Callback):
         mechanism: How rows become one release.
         accountant: The callback that keeps the ledger.
         public_seed: Seed of public randomness (rotations, projections); not of the noise.
-        raw_telemetry: Log numbers computed from private rows without noise, under raw/. The logs are then private, and
-            the claim says so.
+        raw_telemetry: Log numbers computed from private rows without noise, under raw/. No bound covers the logs, so
+            the claim is CONDITIONAL on their staying private, and W&B online is refused.
     """
 
     def __init__(
@@ -112,9 +114,7 @@ class GradientPrivatizer(pl.Callback):
                 *["that noise is secret: privacy.insecure_seed fixes it"] * (settings.insecure_seed is not None),
                 *pl_module.unverified,
             ],
-            "conditional_on": list(pl_module.conditional_on),
-            "warnings": ["telemetry.raw was on: logs hold numbers without noise and must stay private"]
-            * self.raw_telemetry,
+            "conditional_on": [*pl_module.conditional_on, *[_RAW_LOGS] * self.raw_telemetry],
             "plan": pl_module.public_plan(),
             "dataset": data.name,
             "num_records": data.num_records,
@@ -189,8 +189,10 @@ class GradientPrivatizer(pl.Callback):
         """Refuse trainer settings that would spoil the guarantee; the command line asks before a folder is made.
 
         Raises:
-            ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, many devices.
+            ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, many devices,
+                or numbers without noise sent to W&B.
         """
+        self._refuse_raw_online(trainer)
         others = [c for c in trainer.callbacks if isinstance(c, GradientPrivatizer)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ConfigurationError(
@@ -220,6 +222,14 @@ class GradientPrivatizer(pl.Callback):
             raise ConfigurationError(
                 f"Expected one process, got {trainer.world_size}: teachers are not sharded over ranks yet. "
                 "Set trainer.devices to 1."
+            )
+
+    def _refuse_raw_online(self, trainer: pl.Trainer) -> None:
+        """Refuse to send numbers without noise to a service; other loggers than W&B are the caller's word."""
+        if self.raw_telemetry and any(isinstance(one, WandbLogger) and not one._offline for one in trainer.loggers):
+            raise ConfigurationError(
+                "telemetry.raw logs numbers without noise, and W&B online would send them away; leave one of them out "
+                "(--wandb offline)."
             )
 
 

@@ -54,7 +54,7 @@ class PrivacyClaim:
         sampler: How records entered the releases, and whether the sampling was executed or assumed.
         num_releases: Number of charged releases.
         mechanism: Name of the mechanism.
-        assumptions: What the claim rests on beyond a proof: components taken as public, steps not checked.
+        assumptions: What the claim rests on beyond a proof: components without a bound, steps not checked.
         not_covered: What the epsilon does not speak of.
         warnings: What a reader should weigh (a delta too large, an accountant's fallback).
 
@@ -106,7 +106,7 @@ class PrivacyClaim:
         elif self.level is ClaimLevel.NONPRIVATE:
             line = f"No differential privacy {scope}: {releases} hold no bound on any record: NONPRIVATE"
         else:
-            held = "taken as public" if self.level is ClaimLevel.CONDITIONAL else "assumed, not checked"
+            held = "conditional on" if self.level is ClaimLevel.CONDITIONAL else "assumed, not checked"
             reasons = "; ".join(self.assumptions)
             line = f"No epsilon is stated {scope}, {releases}; {held}: {reasons}: {self.level}"
         return " ".join(line.split())

@@ -49,7 +49,9 @@ def sample(arguments: list[str]) -> int:
 
     from lightning_dp.modules.published import load_generator
 
-    parser = ArgumentParser(prog="lightning-dp sample", exit_on_error=False, description=sample.__doc__)
+    parser = ArgumentParser(
+        prog="lightning-dp sample", exit_on_error=False, allow_abbrev=False, description=sample.__doc__
+    )
     parser.add_argument("run", type=str, help="Run folder, or a copy of its release folder.")
     parser.add_argument("--num", type=int, default=10_000, help="Number of images, labels in equal shares.")
     parser.add_argument("--out", type=str | None, default=None, help="File to write (default: RUN/samples.npz).")
@@ -80,7 +82,9 @@ def evaluate(arguments: list[str]) -> int:
     from lightning_dp.evaluation.report import metrics_table, read_run_card
     from lightning_dp.modules.published import load_generator
 
-    parser = ArgumentParser(prog="lightning-dp evaluate", exit_on_error=False, description=evaluate.__doc__)
+    parser = ArgumentParser(
+        prog="lightning-dp evaluate", exit_on_error=False, allow_abbrev=False, description=evaluate.__doc__
+    )
     parser.add_argument("run", type=str, help="Run folder.")
     parser.add_class_arguments(EvaluationProtocol, "evaluation", help="As in the run, unless a flag says otherwise.")
     parser.add_argument("--root", type=str | None, default=None, help="Data root (default: as in the run).")
@@ -109,7 +113,9 @@ def account(arguments: list[str]) -> int:
     from lightning_dp.accounting.claim import claim_from_ledger
     from lightning_dp.accounting.ledger import PrivacyLedger
 
-    parser = ArgumentParser(prog="lightning-dp account", exit_on_error=False, description=account.__doc__)
+    parser = ArgumentParser(
+        prog="lightning-dp account", exit_on_error=False, allow_abbrev=False, description=account.__doc__
+    )
     parser.add_argument("run", type=str, help="Run folder, or a ledger file.")
     parser.add_argument("--delta", type=float | None, default=None, help="Delta (default: the run's).")
     parser.add_argument("--json", action="store_true", help="Print the claim as JSON.")
@@ -141,12 +147,16 @@ def account(arguments: list[str]) -> int:
 
 def data(arguments: list[str]) -> int:
     """Fill a data root with verified files."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        arguments = ["fetch", "--help"]
     if not arguments or arguments[0] != "fetch":
         got = arguments[0] if arguments else "nothing"
         raise ConfigurationError(f"Expected 'lightning-dp data fetch NAME', got {got!r} after data.")
     from datamodules.fetch import FETCH_NAMES, fetch, find_dataset, progress_bar
 
-    parser = ArgumentParser(prog="lightning-dp data fetch", exit_on_error=False, description=data.__doc__)
+    parser = ArgumentParser(
+        prog="lightning-dp data fetch", exit_on_error=False, allow_abbrev=False, description=data.__doc__
+    )
     parser.add_argument("name", type=str, help=f"Data set: {', '.join(FETCH_NAMES)}.")
     parser.add_argument("--root", type=str, default="data", help="Data root to fill.")
     options: Any = parse(parser, arguments[1:])
@@ -177,7 +187,10 @@ def _config_of(run: Path) -> dict[str, Any]:
         config = yaml.safe_load((run / "config.yaml").read_text())
         return {"data": dict(config["data"]), "evaluation": dict(config["evaluation"])}
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"Expected the configuration of a run in {run / 'config.yaml'} ({error}).") from None
+        reason = "it is not there" if isinstance(error, FileNotFoundError) else str(error)
+        raise DataError(
+            f"Expected the configuration of a run in {run / 'config.yaml'} ({reason}). {_GIVE_A_RUN}"
+        ) from None
 
 
 def _data_of(config: dict[str, Any], root: str | None) -> Any:

@@ -21,7 +21,9 @@ def benchmark(arguments: list[str]) -> int:
 
     The same command goes on where it stopped. Exit code 1 if a cell failed; refused cells are results too.
     """
-    parser = ArgumentParser(prog="lightning-dp benchmark", exit_on_error=False, description=benchmark.__doc__)
+    parser = ArgumentParser(
+        prog="lightning-dp benchmark", exit_on_error=False, allow_abbrev=False, description=benchmark.__doc__
+    )
     parser.add_argument("grid", type=str, help="Grid file; ready ones are in configs/benchmark/.")
     parser.add_argument("--out", type=str | None, default=None, help="Folder (default: runs/benchmark/NAME).")
     parser.add_argument("--jobs", type=int | None, default=None, help="Runs at once (default: one per processor).")
@@ -127,7 +129,9 @@ def compare(arguments: list[str]) -> int:
     from lightning_dp.benchmark.differences import card_lines
     from lightning_dp.evaluation.report import read_run_card
 
-    parser = ArgumentParser(prog="lightning-dp compare", exit_on_error=False, description=compare.__doc__)
+    parser = ArgumentParser(
+        prog="lightning-dp compare", exit_on_error=False, allow_abbrev=False, description=compare.__doc__
+    )
     parser.add_argument("cards", type=str, nargs="+", help="Run cards, or run folders that hold one.")
     parser.add_argument("--all", action="store_true", help="Show what is equal too.")
     options: Any = parse(parser, arguments)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, Checkpoint
@@ -29,6 +30,7 @@ from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.evaluation.report import RunCard
 from lightning_dp.mechanisms.base import Mechanism
 from lightning_dp.modules.base import PrivateModule
+from lightning_dp.networks.generator import Generator
 
 CONFIG_FILE = "config.yaml"
 
@@ -71,7 +73,7 @@ class FitCLI(LightningCLI):
             seed_everything_default=1,
             trainer_defaults=_TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "prog": "lightning-dp fit"},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "lightning-dp fit"},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -80,7 +82,10 @@ class FitCLI(LightningCLI):
         parser.add_class_arguments(PrivacySettings, "privacy")
         parser.add_class_arguments(EvaluationProtocol, "evaluation")
         parser.add_argument(
-            "--telemetry.raw", type=bool, default=False, help="Log numbers without noise; the logs are then private."
+            "--telemetry.raw",
+            type=bool,
+            default=False,
+            help="Log numbers without noise, into private/ and never online; the claim is then CONDITIONAL.",
         )
         parser.add_argument("--name", type=str, default="run", help="Name of the experiment.")
         parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder (default: runs/NAME/TIME).")
@@ -123,13 +128,16 @@ class FitCLI(LightningCLI):
         own = self._callbacks(privatizer, plain)
         given: dict[str, Any] = {"callbacks": [*_given_callbacks(options.trainer), *own], "logger": False}
         if options.trainer.logger is not False:
+            # Numbers without noise lie beside the teachers, where other users cannot read, and stay on this machine.
+            raw = options.telemetry.raw
             given["logger"] = make_loggers(
                 self.run_dir,
                 plain,
                 name=options.name,
-                mode=options.wandb,
+                mode="offline" if raw and options.wandb == "auto" else options.wandb,
                 project=options.wandb_project,
                 group=options.wandb_group,
+                folder=self.run_dir / PRIVATE_FOLDER if raw else self.run_dir,
             )
         trainer = super().instantiate_trainer(**given, **kwargs)
         privatizer.check_trainer(trainer)
@@ -169,6 +177,8 @@ class FitCLI(LightningCLI):
         every, evaluation = options.evaluate_every, None
         if options.evaluate:
             evaluation = EvaluateGenerator(protocol=options.evaluation, every_n_releases=every)
+            if isinstance(self.model.released_model(), Generator):
+                _ = options.evaluation.hash  # an extractor that is not at hand is missed before the budget is spent
         self.run_folder = RunFolder(
             path=self.run_dir, privatizer=privatizer, evaluation=evaluation, config=config, title=options.name
         )
@@ -200,6 +210,13 @@ class FitCLI(LightningCLI):
             pass  # Lightning ends the process on Ctrl-C; the message below is the run's last word
         except MisconfigurationException as error:
             raise ConfigurationError(str(error)) from None
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            first = next(iter(str(error).splitlines()[1:]), "").strip()
+            raise ConfigurationError(
+                f"The checkpoint {self._ckpt_path} holds another network ({first}) Resume with the settings of its run."
+            ) from None
         finally:
             finish(self.trainer.loggers)
         if self.run_folder.card is None:
@@ -233,6 +250,7 @@ def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[
         checkpoint = Path(ckpt_path)
         if not checkpoint.is_file():
             raise ConfigurationError(f"Expected a checkpoint file, found none at --ckpt_path {ckpt_path}.")
+        check_checkpoint(checkpoint)
         return Path(run_dir) if run_dir else checkpoint.resolve().parent.parent, checkpoint
     if run_dir is None:
         runs = sorted((Path("runs") / name).glob(f"*/{LEDGER_FILE}"), key=lambda path: path.stat().st_mtime)
@@ -246,6 +264,24 @@ def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[
     checkpoint = folder / PRIVATE_FOLDER / LAST_CHECKPOINT
     # Killed before the first checkpoint: training starts anew, what the ledger holds stays spent.
     return folder, checkpoint if checkpoint.exists() else None
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a file that no run of ours has saved, before a folder is made; tensors are mapped, not read.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if any(name.startswith(PrivacyAccountant.__name__) for name in stored["callbacks"]):
+            return
+        reason = "no ledger in it"
+    except Exception as error:  # whatever unpickling makes of a file that is none
+        reason = str(error).splitlines()[0] if isinstance(error, OSError) else "not readable as one"
+    raise ConfigurationError(
+        f"Expected the checkpoint of a run (RUN/private/last.ckpt), got --ckpt_path {path} ({reason})."
+    )
 
 
 def make_run_dir(folder: Path) -> None:

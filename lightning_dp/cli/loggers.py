@@ -8,26 +8,27 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 
 def make_loggers(
-    run_dir: Path, config: dict[str, Any], *, name: str, mode: str, project: str, group: str | None
+    run_dir: Path, config: dict[str, Any], *, name: str, mode: str, project: str, group: str | None, folder: Path
 ) -> list[Logger]:
     """Return the loggers of one attempt at a run; nothing is written yet.
 
     Args:
-        run_dir: The run folder.
+        run_dir: The run folder, which names the run.
         config: The resolved configuration, shown by W&B.
         name: Name of the experiment.
         mode: auto, online, offline or disabled; auto is online when logged in.
         project: W&B project.
         group: W&B group.
+        folder: Where logs go: the run folder, or its private part.
     """
-    attempt = len(list((run_dir / "metrics").glob("attempt_*")))
-    loggers: list[Logger] = [CSVLogger(run_dir, name="metrics", version=f"attempt_{attempt}")]
+    attempt = len(list((folder / "metrics").glob("attempt_*")))
+    loggers: list[Logger] = [CSVLogger(folder, name="metrics", version=f"attempt_{attempt}")]
     if mode != "disabled":
         wandb_logger = WandbLogger(
             project=project,
             group=group,
             name=f"{name}-{run_dir.name}",
-            save_dir=str(run_dir),
+            save_dir=str(folder),
             offline=mode == "offline" or (mode == "auto" and not is_logged_in()),
             log_model=False,
             config=config,

@@ -40,7 +40,9 @@ def matrix(arguments: list[str]) -> int:
 
     from lightning_dp.benchmark.matrix import merged_methods
 
-    parser = ArgumentParser(prog="lightning-dp matrix", exit_on_error=False, description=matrix.__doc__)
+    parser = ArgumentParser(
+        prog="lightning-dp matrix", exit_on_error=False, allow_abbrev=False, description=matrix.__doc__
+    )
     parser.add_argument("--configs", type=str, default=DEFAULT_FOLDER, help="Folder of configurations of whole runs.")
     parser.add_argument("--markdown", action="store_true", help="Print Markdown instead of a table.")
     options: Any = parse(parser, arguments)

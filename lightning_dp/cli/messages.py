@@ -15,6 +15,7 @@ _TYPE_WORDS = {
     "int": "a whole number",
     "float": "a finite number",
     "bool": "true or false",
+    "tuple": "a list",
 }
 _LONGEST = 400
 
@@ -134,9 +135,13 @@ def _literal(text: str, roots: Mapping[str, type], flags: list[str]) -> str | No
 
 
 def _wrong_type(text: str, roots: Mapping[str, type], flags: list[str]) -> str | None:
-    innermost = text.partition("Given value type:")[0].rpartition("Parser key")[2]
+    outer, _, innermost = text.partition("Given value type:")[0].rpartition("Parser key")
     kinds = re.findall(r"Expected a <class '(\w+)'>", innermost)
+    if "Union subtypes" in outer and "Union subtypes" not in innermost:
+        kinds = [kind for kind in kinds if kind != "NoneType"]  # what holds the option may be null, not the option
     value = _value(text)
+    if (found := re.search(r"Expected a tuple with (\d+) elements", innermost)) and value is not None:
+        return f"Expected {_key(text)} to be a list of {found[1]}, got {value}."
     if not kinds or value is None or "class_path" in value:
         return None
     words = " or ".join(dict.fromkeys(_TYPE_WORDS.get(kind, kind) for kind in kinds))

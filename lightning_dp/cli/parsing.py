@@ -27,11 +27,11 @@ def check_class_names(arguments: list[str], roots: Mapping[str, type]) -> None:
         ConfigurationError: A name is unknown.
     """
     for flag, value in _flag_values(arguments):
-        base = roots.get(flag)
+        base = roots.get(flag.removesuffix(".help"))
         if base is None or not re.fullmatch(r"\w+", value):
             continue
         if value not in subclass_names(base):
-            raise ConfigurationError(unknown_class(flag, value, base))
+            raise ConfigurationError(unknown_class(flag.removesuffix(".help"), value, base))
 
 
 class _UniqueKeys(yaml.SafeLoader):

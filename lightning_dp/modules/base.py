@@ -156,7 +156,7 @@ class PrivateModule(pl.LightningModule, ABC):
 
     @property
     def conditional_on(self) -> tuple[str, ...]:
-        """Components taken as public without a proof, in words; any makes the claim CONDITIONAL, without an epsilon."""
+        """What the claim rests on without a bound, in words; any makes it CONDITIONAL, without an epsilon."""
         return ()
 
     @property

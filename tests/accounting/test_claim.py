@@ -52,7 +52,7 @@ def test_default_scope_names_what_is_not_covered():
         ({(NonPrivateRelease(), FULL): 1, (STEP, FULL): 9}, {}, ClaimLevel.NONPRIVATE, "No differential privacy"),
         ({(STEP, ASSUMED): 86}, {}, ClaimLevel.UNVERIFIED, "assumed, not executed"),
         (COUNTS, {"unverified": ["the seed was fixed"]}, ClaimLevel.UNVERIFIED, "the seed was fixed"),
-        (COUNTS, {"conditional_on": ["the encoder"]}, ClaimLevel.CONDITIONAL, "taken as public: the encoder"),
+        (COUNTS, {"conditional_on": ["the encoder"]}, ClaimLevel.CONDITIONAL, "conditional on: the encoder"),
         # the worst level wins
         ({(STEP, ASSUMED): 1}, {"conditional_on": ["the encoder"]}, ClaimLevel.UNVERIFIED, "the encoder"),
         (

@@ -37,6 +37,8 @@ MISTAKES = {
     "nested option": (["--model.generator.widht", "3"], ["of DCTGenerator", "Did you mean width?"]),
     "flag": (["--mechanizm", "TopAgg"], ["Unknown flag --mechanizm", "Did you mean --mechanism?"]),
     "flag of a group": (["--privacy.epsilon", "3"], ["Did you mean --privacy.target_epsilon?"]),
+    "shortened flag": (["--privacy.target_eps", "3"], ["Unknown flag", "Did you mean --privacy.target_epsilon?"]),
+    "help of nothing": (["--mechanism.help", "TopAg"], ["Unknown --mechanism 'TopAg'", "Did you mean TopAgg?"]),
     "unlike any flag": (["--xyzzy", "3"], ["Unknown flag --xyzzy", "--help"]),
     "stray word": (["TopAgg"], ["Unexpected argument 'TopAgg'", "--config"]),
     "optimizer": (["--optimizer", "SGD"], ["Unknown flag --optimizer"]),
@@ -56,6 +58,11 @@ MISTAKES = {
     "noise nan": (["--privacy.noise_multiplier", "nan"], ["privacy.noise_multiplier", "finite number", "got nan"]),
     "noise .nan": (["--privacy.noise_multiplier", ".nan"], ["finite privacy.noise_multiplier", "nan"]),
     "whole number": (["--trainer.max_steps", "many"], ["trainer.max_steps", "whole number", "got many"]),
+    "not null": (["--model.learning_rate", "nan"], ["model.learning_rate to be a finite number, got nan"]),
+    "or null": (["--mechanism.top_k", "x"], ["mechanism.top_k to be a whole number or null, got x"]),
+    "betas": (["--model.betas", "[2,3]"], ["model.betas to be two numbers in [0, 1)", "betas=[2.0, 3.0]"]),
+    "one beta": (["--model.betas", "[0.9]"], ["model.betas to be a list of 2, got [0.9]"]),
+    "betas in words": (["--model.betas", "many"], ["model.betas to be a list, got many"]),
     "choice": (["--model.partition", "hsah"], ["model.partition", "permutation, hash", "Did you mean hash?"]),
     "unknown relation": (["--privacy.neighboring_relation", "replace_two"], ["add_or_remove_one, replace_one"]),
     "relation without a proof": (
@@ -67,6 +74,10 @@ MISTAKES = {
     "teachers beyond records": (["--model.teachers.num_teachers", "201"], ["num_records=200", "fewer teachers"]),
     "classifier": (["--evaluation.classifiers", "[svm]"], ["logistic, mlp, cnn", "got svm"]),
     "extractor": (["--evaluation.extractor", "inceptio"], ["Did you mean 'inception'?"]),
+    "extractor not at hand": (
+        ["--evaluation.extractor", "inception", "--evaluation.extractor_weights", "nowhere.pth"],
+        ["Inception weights", "no file at nowhere.pth"],
+    ),
     "checkpoint_every": (["--checkpoint_every", "0"], ["checkpoint_every >= 1"]),
     "evaluate_every": (["--evaluate_every", "0"], ["every_n_releases >= 1"]),
     # settings that fight each other
@@ -100,11 +111,13 @@ MISTAKES = {
         ["--trainer.callbacks", "{class_path: ModelCheckpoint, init_args: {dirpath: x, every_n_train_steps: 1}}"],
         ["ModelCheckpoint", "outside private/", "private/last.ckpt"],
     ),
+    "raw numbers online": (["--telemetry.raw", "true", "--wandb", "online"], ["without noise", "--wandb offline"]),
     "logger": (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x"], ["trainer.logger", "leave it out"]),
     "accelerator": (["--trainer.accelerator", "gpux"], ["gpux", "cpu"]),
     # resuming
     "nothing to resume": (["--ckpt_path", "last"], ["found no ledger", "--run_dir"]),
     "no such checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["--ckpt_path nowhere.ckpt"]),
+    "no checkpoint": (["--ckpt_path", str(TINY)], ["checkpoint of a run (RUN/private/last.ckpt)", "tiny.yaml"]),
 }
 
 
@@ -264,8 +277,15 @@ class TestFiles:
     def test_a_resume_with_other_records(self, fit, tmp_path):
         assert fit("--trainer.max_steps", "1", "--evaluate", "false").code == 0
         line = fit("--trainer.max_steps", "1", "--data.num_train", "190", "--ckpt_path", "last").error()
-        assert "was opened with" in line
+        assert "was opened with num_teachers=200, now num_teachers=190." in line
         assert "another --run_dir" in line
+
+    def test_a_resume_with_another_network(self, fit, tmp_path):
+        assert fit("--trainer.max_steps", "2", "--evaluate", "false").code == 0
+        outcome = fit("--trainer.max_steps", "2", "--model.generator.width", "9", "--ckpt_path", "last")
+        assert outcome.code == 2
+        assert "holds another network (size mismatch for generator." in outcome.err.splitlines()[-1]
+        assert "Traceback" not in outcome.err
 
 
 def test_a_delta_above_one_over_n_is_a_warning_that_the_claim_carries(fit, tmp_path):

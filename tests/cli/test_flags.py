@@ -4,10 +4,14 @@ import re
 
 import pytest
 import yaml
+from pytorch_lightning.loggers import WandbLogger
 
 from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.cli.loggers import make_loggers
+from lightning_dp.errors import ConfigurationError
 from tests.cli.runs import read_json, read_metrics
+from tests.conftest import callbacks_for, trainer_for
 
 QUICK = ("--evaluate", "false")
 
@@ -156,6 +160,46 @@ class TestPrivacy:
         assert not [key for row in read_metrics(tmp_path / "run") for key in row if "epsilon" in key]
 
 
+class TestRawTelemetry:
+    """Numbers without noise: kept apart, never online, and no epsilon rests on them."""
+
+    FLAGS = ("--telemetry.raw", "true", "--trainer.max_steps", "2", *QUICK)
+
+    def test_the_claim_is_conditional_and_the_logs_are_private(self, fit, tmp_path):
+        outcome = fit(*self.FLAGS)
+        claim = read_json(tmp_path / "run" / "claim.json")
+        assert (claim["level"], claim["epsilon"]) == ("CONDITIONAL", None)
+        assert "conditional on: the logs of this run staying private" in " ".join(outcome.out.split())
+        assert not (tmp_path / "run" / "metrics").exists()
+        (log,) = (tmp_path / "run" / "private" / "metrics").glob("*/metrics.csv")
+        assert "raw/" in log.read_text()
+
+    def test_without_the_flag_no_log_holds_them(self, fit, tmp_path):
+        """The broken twin of the first: nothing raw stands where others may read."""
+        assert fit("--trainer.max_steps", "2", *QUICK).code == 0
+        (log,) = (tmp_path / "run" / "metrics").glob("*/metrics.csv")
+        assert "raw/" not in log.read_text()
+
+    def test_who_is_logged_in_stays_offline(self, fit, tmp_path, monkeypatch):
+        modes = []
+
+        def spying(run_dir, config, *, mode, **options):
+            modes.append(mode)
+            return make_loggers(run_dir, config, mode="disabled", **options)
+
+        monkeypatch.setattr("lightning_dp.cli.fit.make_loggers", spying)
+        assert fit(*self.FLAGS, "--wandb", "auto").code == 0
+        assert modes == ["offline"]
+
+    def test_an_online_logger_of_the_caller_is_refused(self, tmp_path):
+        privatizer, accountant = callbacks_for()
+        trainer = trainer_for(tmp_path, [privatizer, accountant], 2, logger=WandbLogger(save_dir=str(tmp_path)))
+        privatizer.check_trainer(trainer)
+        privatizer.raw_telemetry = True
+        with pytest.raises(ConfigurationError, match="W&B online would send them away"):
+            privatizer.check_trainer(trainer)
+
+
 class TestRest:
     def test_the_resolved_configuration_runs_again(self, cli, fit, tmp_path):
         assert fit("--mechanism", "NoPrivacy", *QUICK).code == 0
@@ -188,7 +232,7 @@ class TestRest:
         assert cli("fit", *flags, "--name", "mine", "--ckpt_path", "last").code == 0
         assert [path for path in (tmp_path / "runs" / "mine").iterdir()] == [folder]
 
-    @pytest.mark.parametrize("command", ["fit", "sample", "evaluate", "account"])
+    @pytest.mark.parametrize("command", ["fit", "sample", "evaluate", "account", "data"])
     def test_help(self, cli, capsys, command):
         with pytest.raises(SystemExit) as ended:
             cli(command, "--help")
