@@ -30,6 +30,7 @@ SMALLER_MODELS = {
     "DPVAE": RECORDS,
     "DP2VAE": RECORDS,
     "DPGAN": (*RECORDS, "--model.generator.width", "8", "--model.critic.width", "8"),
+    "DPSinkhorn": (*RECORDS, "--model.images_per_step", "5"),
     "MomentsModule": ("--model.generator.num_coefficients", "10"),
 }
 
