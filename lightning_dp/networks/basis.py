@@ -60,6 +60,9 @@ class LowFrequencyDCT(PublicBasis):
         self.dim = channels * num_coefficients
         self.matrix: Tensor
         self.register_buffer("matrix", dct_matrix(height, num_coefficients, side), persistent=False)
+        self.radii: Tensor  # (num_coefficients,), the frequencies
+        radii = torch.tensor([math.hypot(*pair) for pair in lowest_frequencies(side, num_coefficients)])
+        self.register_buffer("radii", radii, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:  # noqa: D102
         return (images.flatten(2) @ self.matrix.to(images).T).flatten(1)

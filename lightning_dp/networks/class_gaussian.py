@@ -14,7 +14,8 @@ class ClassGaussianGenerator(Generator):
     """Draws cosine coefficients from the Gaussians of a label, and clamps the image to [0, 1].
 
     Each label has `num_components` Gaussians with logits, means and factors; a factor F stands for the covariance
-    F F^T. The last number of a latent picks the component, the others are its standard normal coordinates.
+    F F^T. The last number of a latent picks the component, the others are its standard normal coordinates. Low
+    frequencies alone look soft, so contrast may be raised.
 
     Args:
         image_shape: (C, H, W) with H = W.
@@ -22,6 +23,8 @@ class ClassGaussianGenerator(Generator):
         num_coefficients: Lowest frequencies per channel.
         window: Side of the centred square that is transformed; null takes the whole image. Outside it is black.
         num_components: Gaussians per label.
+        gain: Contrast: a pixel x becomes gain * (x - black), > 0.
+        black: Pixel value that becomes 0.
 
     Raises:
         ConfigurationError: The numbers do not fit each other.
@@ -39,11 +42,15 @@ class ClassGaussianGenerator(Generator):
         num_coefficients: int = 78,
         window: int | None = None,
         num_components: int = 1,
+        gain: float = 1.0,
+        black: float = 0.0,
     ) -> None:
         super().__init__()
         if num_components < 1:
             raise ConfigurationError(f"Expected generator.num_components >= 1, got {num_components=}.")
-        self.image_shape, self.num_classes = image_shape, num_classes
+        if not (0 < gain < math.inf and -1 < black < 1):
+            raise ConfigurationError(f"Expected finite generator.gain > 0 and -1 < black < 1, got {gain=}, {black=}.")
+        self.image_shape, self.num_classes, self.gain, self.black = image_shape, num_classes, gain, black
         self.num_coefficients, self.window, self.num_components = num_coefficients, window, num_components
         self.basis = LowFrequencyDCT(image_shape, num_coefficients, window)
         self.latent_dim = self.basis.dim + 1
@@ -54,7 +61,8 @@ class ClassGaussianGenerator(Generator):
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
         cells = labels * self.num_components + self._component(latent[:, -1], labels)
-        return self.to_images(self._coefficients(latent[:, :-1], cells)).clamp(0, 1)
+        pixels = self.to_images(self._coefficients(latent[:, :-1], cells))
+        return ((pixels - self.black) * self.gain).clamp(0, 1)
 
     def to_images(self, coefficients: Tensor) -> Tensor:
         """Return the images, (B, C, H, W), that have these coefficients, (B, C * num_coefficients); not clamped."""

@@ -9,9 +9,11 @@ from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
-from lightning_dp.modules.class_moments import ClassMoments, denoised, spectral_edge
+from lightning_dp.modules.class_moments import ClassMoments, Placement
 from lightning_dp.modules.moments import MomentsModule
+from lightning_dp.modules.moments_rounds import MomentsRounds, codebook, denoised, spectral_edge
 from lightning_dp.modules.published import load_generator
+from lightning_dp.modules.release import _DOOR, Released
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 from tests.conftest import TinyData, callbacks_for, trainer_for
 
@@ -22,22 +24,31 @@ def tiny_generator(**options) -> ClassGaussianGenerator:
     return ClassGaussianGenerator((1, 8, 8), **{"num_classes": 2, "num_coefficients": 6, **options})
 
 
-def tiny_statistics(**options) -> ClassMoments:
-    return ClassMoments(tiny_generator(), **{"clip": 2.0, "centre": 1.0, **options})
+PLAIN = {"emphasis": 0.25, "block_weights": (0.15, 0.35, 0.92), "chunk_size": 512}
 
 
-def tiny_module(**options) -> MomentsModule:
-    return MomentsModule(tiny_generator(), **{"clip": 2.0, "centre": 1.0, **options})
+def tiny_statistics(num_components=1, kind=ClassMoments, **options) -> ClassMoments:
+    return kind(tiny_generator(num_components=num_components), **{**PLAIN, **options})
+
+
+def tiny_placement(num_components=1, clip=2.0) -> Placement:
+    centres = torch.randn(2, num_components, 6, generator=torch.Generator().manual_seed(5)).double()
+    centres[..., 0] += 4
+    return Placement(centres=centres, in_use=torch.ones(2, num_components, dtype=torch.bool), clip=clip)
+
+
+def tiny_module(num_components=1, **options) -> MomentsModule:
+    return MomentsModule(tiny_generator(num_components=num_components), **{"clip": 2.0, "centre": 1.0, **options})
 
 
 def declared(statistics: ClassMoments, relation: str) -> float:
     return Gaussian().l2_sensitivity(statistics.contribution_spec(), NeighboringRelation[relation.upper()])
 
 
-def table(statistics: ClassMoments, images, labels) -> torch.Tensor:
+def table(statistics: ClassMoments, images, labels, placement=None) -> torch.Tensor:
     """The sum that would be released without noise, before any clipping by the mechanism."""
     total = torch.zeros(statistics.release_shape, dtype=torch.float64)
-    for chunk in statistics.rows(images, labels):
+    for chunk in statistics.rows(images, labels, placement or tiny_placement(statistics.num_components)):
         total[chunk.queries] += chunk.values.sum(0)
     return total
 
@@ -107,7 +118,7 @@ class Long(ClassMoments):
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("broken", [Heavy, Doubled, Long])
 def test_broken_rows_are_caught(broken, relation):
-    statistics = broken(tiny_generator(), clip=2.0, centre=1.0)
+    statistics = tiny_statistics(kind=broken)
     assert worst_moves(statistics)[relation] > declared(statistics, relation) * 1.005
 
 
@@ -120,10 +131,11 @@ def test_weights_that_let_rows_oppose_each_other_are_caught_and_refused():
         tiny_statistics(block_weights=(0.05, 0.95, 0.3))
 
 
+@pytest.mark.parametrize("num_components", [1, 3])
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_one_record_moves_the_encoded_sum_no_further_than_the_event_says(relation):
-    """Whole images, through the mechanism: extreme ones change places with each other."""
-    statistics, data = tiny_statistics(chunk_size=7), TinyData()
+def test_one_record_moves_the_encoded_sum_no_further_than_the_event_says(relation, num_components):
+    """Whole images, cells and all: extreme ones change places with each other."""
+    statistics, data = tiny_statistics(num_components, chunk_size=7), TinyData()
     data.setup()
     images, labels = data.train_images.clone(), data.train_labels
     images[0], images[1], images[2, :, :, :4], images[2, :, :, 4:] = 0, 255, 255, 0
@@ -153,17 +165,18 @@ def test_sums_are_exact_so_neither_chunks_nor_order_nor_other_records_change_a_b
     data = TinyData()
     data.setup()
     images, labels = data.train_images, data.train_labels
-    whole = table(tiny_statistics(chunk_size=40), images, labels)
+    whole = table(tiny_statistics(3, chunk_size=40), images, labels)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     for size in (1, 3, 17, 1000):
-        assert torch.equal(table(tiny_statistics(chunk_size=size), images, labels), whole)
-        assert torch.equal(table(tiny_statistics(chunk_size=size), images[order], labels[order]), whole)
-    statistics = tiny_statistics()
-    together = statistics.encoded(statistics.directions(images))
-    alone = torch.cat([statistics.encoded(statistics.directions(image[None])) for image in images])
-    assert torch.equal(together, alone)
-    assert on_grid(together)
-    assert not on_grid(statistics.directions(images))  # the same check sees rows that are not rounded
+        assert torch.equal(table(tiny_statistics(3, chunk_size=size), images, labels), whole)
+        assert torch.equal(table(tiny_statistics(3, chunk_size=size), images[order], labels[order]), whole)
+    statistics, placement = tiny_statistics(3), tiny_placement(3)
+    cells, directions = statistics.directions(images, labels, placement)
+    alone = [statistics.directions(images[i : i + 1], labels[i : i + 1], placement) for i in range(40)]
+    assert torch.equal(cells, torch.cat([cell for cell, _ in alone]))
+    assert torch.equal(directions, torch.cat([u for _, u in alone]))
+    assert on_grid(statistics.encoded(directions))
+    assert not on_grid(directions)  # the same check sees rows that are not rounded
 
 
 def on_grid(values) -> bool:
@@ -171,25 +184,28 @@ def on_grid(values) -> bool:
 
 
 def test_without_noise_the_moments_are_those_of_the_coefficients():
-    statistics, data = tiny_statistics(clip=100.0), TinyData()
+    statistics, placement, data = tiny_statistics(), tiny_placement(clip=100.0), TinyData()
     data.setup()
-    found = statistics.moments(table(statistics, data.train_images, data.train_labels), noise_std=0.0)
-    coefficients = statistics.generator.basis(data.train_images.double() / 255)
+    sums = table(statistics, data.train_images, data.train_labels, placement)
+    found = statistics.moments(sums, 0.0, placement)
+    coefficients = tiny_generator().basis(data.train_images.double() / 255)
     for label in range(2):
         mine = coefficients[data.train_labels == label]
         assert found.counts[label] == pytest.approx(20, rel=1e-6)
         torch.testing.assert_close(found.means[label], mine.mean(0), atol=1e-4, rtol=0)
-        torch.testing.assert_close(found.covariances[label], mine.T.cov(correction=0), atol=2e-3, rtol=0)
+        scaled = (mine * statistics.scale).T.cov(correction=0)
+        torch.testing.assert_close(found.covariances[label], scaled, atol=2e-3, rtol=0)
 
 
 def test_the_stated_noise_of_the_moments_is_that_of_the_moments():
-    statistics = tiny_statistics()
+    statistics, placement = tiny_statistics(), tiny_placement()
     clean = torch.zeros(statistics.release_shape).double()
     clean[:, 0] = 5000 * statistics.weights[0]
     stream = torch.Generator().manual_seed(0)
-    draws = [statistics.moments(clean + 2 * torch.randn(clean.shape, generator=stream), 2.0) for _ in range(2000)]
+    noisy = (clean + 2 * torch.randn(clean.shape, generator=stream) for _ in range(2000))
+    draws = [statistics.moments(sums, 2.0, placement) for sums in noisy]
     means, covariances = (torch.stack([getattr(d, name) for d in draws]) for name in ("means", "covariances"))
-    assert means[:, 0].std(0).mean().item() == pytest.approx(draws[0].mean_noise[0].item(), rel=0.1)
+    torch.testing.assert_close(means[:, 0].std(0), draws[0].mean_noise[0], rtol=0.1, atol=0)
     diagonal = covariances.diagonal(dim1=2, dim2=3).std(0).mean().item()
     assert diagonal == pytest.approx(draws[0].covariance_noise[0].item(), rel=0.1)
     assert covariances[:, :, 0, 1:].std(0).mean().item() == pytest.approx(diagonal / math.sqrt(2), rel=0.1)
@@ -233,17 +249,79 @@ def test_without_privacy_it_is_the_gaussian_of_each_class(tmp_path):
     torch.testing.assert_close(factor @ factor.T, coefficients.T.cov(correction=0), atol=5e-3, rtol=0)
 
 
-def test_several_releases_are_averaged(tmp_path):
-    module = tiny_module()
+def test_rounds_after_the_search_are_averaged(tmp_path):
+    """Equal releases, averaged, are as good as one of their joint share of the budget."""
+    module, data = tiny_module(num_components=3, search_rounds=2), TinyData()
     own = callbacks_for(Gaussian(), neighboring_relation="add_or_remove_one", target_epsilon=1.0)
-    trainer_for(tmp_path, own, 3).fit(module, datamodule=TinyData())
-    assert own[1].claim().num_releases == 3
-    assert module.num_averaged == 3
-    data = TinyData()
-    data.setup()
-    clean = table(module.statistics, data.train_images, data.train_labels)
+    trainer_for(tmp_path, own, 7).fit(module, datamodule=data)
+    rounds, claim = module.rounds, own[1].claim()
+    assert (claim.level, claim.num_releases) == ("PROVED", 7)
+    assert 0.99 < claim.epsilon <= 1.0
+    assert (rounds.num_done, rounds.num_averaged) == (7, 4)
+    clean = table(rounds.statistics, data.train_images, data.train_labels, rounds.placement)
     single = Gaussian().noise_std(own[0].plan)
-    assert (module.average - clean).std().item() == pytest.approx(single / math.sqrt(3), rel=0.35)
+    assert (rounds.average - clean).std().item() == pytest.approx(single / 2, rel=0.3)
+    assert torch.isfinite(module.generator.sample(10, seed=0)[0]).all()
+
+
+def test_two_blobs_in_a_class_get_a_component_each(tmp_path):
+    class Blobs(TinyData):
+        def read(self):
+            splits = super().read()
+            splits.train_images[:] = torch.randint(0, 20, splits.train_images.shape, dtype=torch.uint8)
+            splits.train_images[::4, :, :, :4] += 200  # half of class 0, whose records are the even ones
+            splits.train_images[2::4, :, :, 4:] += 200
+            return splits
+
+    module = tiny_module(num_components=2, clip=100.0, cell_clip=100.0)
+    trainer_for(tmp_path, callbacks_for(NoPrivacy()), 3).fit(module, datamodule=Blobs())
+    images, _ = module.generator.sample(40, seed=0, labels=torch.zeros(40, dtype=torch.int64))
+    bright = torch.stack([images[..., :4].mean((1, 2, 3)), images[..., 4:].mean((1, 2, 3))], dim=1)
+    assert ((bright.amax(1) > 0.6) & (bright.amin(1) < 0.2)).all()
+    assert 10 < (bright[:, 0] > 0.5).sum() < 30
+
+
+def test_noisy_centres_stay_finite_and_far_ones_are_held():
+    """Sums of squared distances stay whole numbers, wherever noise has thrown a centre."""
+    statistics, data = tiny_statistics(2), TinyData()
+    data.setup()
+    placement = tiny_placement(2)
+    placement.centres[0, 0], placement.centres[1, 1] = math.nan, 1e30
+    cells, directions = statistics.directions(data.train_images, data.train_labels, placement)
+    assert torch.isfinite(directions).all()
+    assert directions.norm(dim=1).max() <= 1 + 1e-12
+    assert not (cells == 3).any()
+
+
+def test_unused_cells_take_no_records():
+    statistics, data, placement = tiny_statistics(2), TinyData(), tiny_placement(2)
+    data.setup()
+    placement.in_use[0, 1] = placement.in_use[1, 0] = False
+    cells, _ = statistics.directions(data.train_images, data.train_labels, placement)
+    assert cells.unique().tolist() == [0, 3]
+
+
+def test_the_codebook_is_public_and_spreads():
+    means, covariances = (
+        torch.zeros(2, 3).double(),
+        torch.eye(3).double().expand(2, 3, 3) * torch.tensor([9.0, 1, 0.01]),
+    )
+    found = codebook(means, covariances, 2, torch.Generator().manual_seed(1))
+    assert torch.equal(found, codebook(means, covariances, 2, torch.Generator().manual_seed(1)))
+    assert (found[:, 0, 0] - found[:, 1, 0]).abs().min() > 3  # split along the widest direction
+
+
+def test_the_rounds_serve_another_method_without_a_trainer():
+    """What a warm start needs: rows out, a release in, parameters out."""
+    generator, data = tiny_generator(), TinyData()
+    data.setup()
+    rounds = MomentsRounds(generator, clip=100.0, centre=1.0)
+    clean = table(rounds.statistics, data.train_images, data.train_labels, rounds.placement)
+    generator.load_state_dict(rounds.absorb(Released(clean, 0, _DOOR, 0.0), num_rounds=1))
+    images, labels = generator.sample(500, seed=0)
+    for label in range(2):
+        real = data.train_images[data.train_labels == label].float().mean() / 255
+        assert images[labels == label].mean() == pytest.approx(real.item(), abs=0.03)
 
 
 def test_mechanisms_without_a_proof_are_refused(tmp_path):
@@ -259,6 +337,8 @@ def test_mechanisms_without_a_proof_are_refused(tmp_path):
         ({"block_weights": (0.1, 0.0, 0.5)}, "block_weights > 0"),
         ({"block_weights": (0.5, 0.5)}, "three finite"),
         ({"chunk_size": 0}, "chunk_size >= 1"),
+        ({"emphasis": 2.0}, "emphasis <= 1"),
+        ({"search_rounds": -1}, "search_rounds >= 0"),
     ],
 )
 def test_bad_options_are_refused(options, words):

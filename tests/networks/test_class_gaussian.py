@@ -40,15 +40,24 @@ def test_images_have_their_coefficients_and_stay_in_range():
     assert labels.bincount().tolist() == [10, 10]
 
 
+def test_contrast_is_raised_around_black():
+    generator = tiny(gain=2.0, black=0.25)
+    with torch.no_grad():
+        generator.means[..., 0] = 8 * 0.5  # a grey image
+    assert generator.sample(2, seed=0)[0].flatten().tolist() == pytest.approx([0.5] * 128, abs=1e-5)
+
+
 def test_it_survives_its_release(tmp_path):
-    generator = tiny(num_components=3, window=7)
+    generator = tiny(num_components=3, window=7, gain=1.3, black=0.1)
     torch.nn.init.normal_(generator.factors)
     save_released(tmp_path, generator, {})
     again, _ = load_generator(tmp_path)
     assert torch.equal(again.sample(6, seed=2)[0], generator.sample(6, seed=2)[0])
 
 
-@pytest.mark.parametrize("options", [{"num_components": 0}, {"num_coefficients": 65}, {"window": 9}])
+@pytest.mark.parametrize(
+    "options", [{"num_components": 0}, {"num_coefficients": 65}, {"window": 9}, {"gain": 0.0}, {"black": 2.0}]
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(ConfigurationError):
         tiny(**options)
