@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
+from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, RowScaling
 from lightning_dp.mechanisms.gaussian import ROUNDING_MARGIN
 
 
@@ -96,13 +96,27 @@ class AdaptiveGaussian(Mechanism):
         """Return clipped rows in units of C, and their centred indicators, in float64."""
         rows = rows.to(torch.float64)
         norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        factors, indicators = self._factors_and_indicators(norms)
+        # Selected, not multiplied: 0 * NaN is NaN.
+        return torch.where(torch.isfinite(norms), torch.cat([rows * factors, indicators], dim=-1), 0.0)
+
+    def row_scaling(self, norms: Tensor, spec: ContributionSpec) -> RowScaling:
+        """Return the clipping factors and the centred indicators."""
+        factors, indicators = self._factors_and_indicators(norms)
+        return RowScaling(factors, indicators.unsqueeze(1))
+
+    def _factors_and_indicators(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what scales each vector and what follows it, of the shape of the norms; zeros where one is no number.
+
+        Args:
+            norms: Any shape, float64.
+        """
         takes_part = torch.isfinite(norms)
         norms = torch.where(takes_part, norms, 0.0)
         within = (norms <= self._norm).to(torch.float64) - 0.5
-        factor = self._gradient_scale * (1 - ROUNDING_MARGIN) / norms.clamp(min=self._norm)
-        indicator = self._indicator_scale * (1 - ROUNDING_MARGIN) * within
-        # Selected, not multiplied: 0 * NaN is NaN.
-        return torch.where(takes_part, torch.cat([rows * factor, indicator], dim=-1), 0.0)
+        factors = self._gradient_scale * (1 - ROUNDING_MARGIN) / norms.clamp(min=self._norm)
+        indicators = self._indicator_scale * (1 - ROUNDING_MARGIN) * within
+        return torch.where(takes_part, factors, 0.0), torch.where(takes_part, indicators, 0.0)
 
     def decode(self, noisy: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
         """Return the noisy mean of the clipped gradients, in units of the gradient."""

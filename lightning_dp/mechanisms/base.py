@@ -27,6 +27,7 @@ __all__ = [
     "Mechanism",
     "ReleasePlan",
     "RowChange",
+    "RowScaling",
     "zero_non_finite",
 ]
 
@@ -72,6 +73,19 @@ class EncodeContext:
     noise: NoiseSource
     row_ids: Tensor
     first_vector: int = 0
+
+
+@dataclass(frozen=True)
+class RowScaling:
+    """What `encode` does to rows of one vector, where their norms decide it.
+
+    Attributes:
+        weights: What each vector is multiplied by, (num_rows,), float64; exactly 0 for a row that sends zeros.
+        appended: What follows the scaled vectors in the encoded rows, (num_rows, encoded_dim - vector_dim), float64.
+    """
+
+    weights: Tensor
+    appended: Tensor | None = None
 
 
 class Mechanism(ABC):
@@ -138,6 +152,19 @@ class Mechanism(ABC):
             Encoded rows, (num_rows, num_vectors, encoded_dim), of a dtype that sums exactly into `total_dtype`. Not
             safe to release.
         """
+
+    def row_scaling(self, norms: Tensor, spec: ContributionSpec) -> RowScaling | None:
+        """Return what `encode` does to rows of one vector with these norms; None if it looks at more than norms.
+
+        Then rows need not exist: their norms and their weighted sum do. The guarantee is that of `encode` for norms
+        that no row exceeds: a bound a little above the norm is as good. A mechanism with a scaling leaves
+        `perturb_rows` and `public_basis` as they are.
+
+        Args:
+            norms: (num_rows,), float64; not finite where a row is not.
+            spec: Public facts about the rows.
+        """
+        return None
 
     def perturb_rows(self, encoded: Tensor, plan: ReleasePlan, context: EncodeContext) -> Tensor:
         """Return the rows with local noise, each row's own; none by default.

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, zero_non_finite
+from lightning_dp.mechanisms.base import (
+    ContributionSpec,
+    EncodeContext,
+    Mechanism,
+    ReleasePlan,
+    RowScaling,
+    zero_non_finite,
+)
 
 # Clipped norms are kept this much (relative) inside the bound, so that rounding cannot carry a row across it.
 ROUNDING_MARGIN = 1e-6
@@ -81,13 +88,20 @@ class Gaussian(Mechanism):
 
     def _clipped(self, rows: Tensor, max_norm: float) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+        # One copy, scaled in place: with long rows, encoding is the traffic of memory.
+        return rows.to(torch.float64, copy=True).mul_(self._factors(norms, max_norm))
+
+    def _factors(self, norms: Tensor, max_norm: float) -> Tensor:
         bound = max_norm * (1 - ROUNDING_MARGIN)
         if self.clipping == "automatic":
-            factor = bound / (norms + self.stability)
-        else:
-            factor = bound / norms.clamp(min=bound)
-        # One copy, scaled in place: with long rows, encoding is the traffic of memory.
-        return rows.to(torch.float64, copy=True).mul_(factor)
+            return bound / (norms + self.stability)
+        return bound / norms.clamp(min=bound)
+
+    def row_scaling(self, norms: Tensor, spec: ContributionSpec) -> RowScaling | None:
+        """Return the clipping factors, unless layers are clipped by themselves."""
+        if self.clipping == "per_layer":
+            return None
+        return RowScaling(torch.where(torch.isfinite(norms), self._factors(norms, self.max_grad_norm), 0.0))
 
     def decode(self, noisy_total: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
         """Return the noisy mean over the public number of rows."""

@@ -6,7 +6,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, zero_non_finite
+from lightning_dp.mechanisms.base import (
+    ContributionSpec,
+    EncodeContext,
+    Mechanism,
+    ReleasePlan,
+    RowScaling,
+    zero_non_finite,
+)
 
 
 @final
@@ -26,6 +33,10 @@ class NoPrivacy(Mechanism):
     def encode(self, rows: Tensor, spec: ContributionSpec, context: EncodeContext) -> Tensor:
         """Return the rows themselves in float64."""
         return zero_non_finite(rows.to(torch.float64))
+
+    def row_scaling(self, norms: Tensor, spec: ContributionSpec) -> RowScaling:
+        """Return ones."""
+        return RowScaling(torch.isfinite(norms).to(torch.float64))
 
     def decode(self, noisy_total: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
         """Return the mean over the public number of rows."""

@@ -14,7 +14,7 @@ from lightning_dp.accounting.events import Sampling
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.evaluation.classification import ClassificationResult
 from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult, evaluate_samples
-from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.guard import ReleaseGuard
 from lightning_dp.modules.release import PublicRows, Released, ReleaseSession
@@ -195,7 +195,7 @@ class PrivateModule(pl.LightningModule, ABC):
     def set_extra_state(self, state: dict[str, int]) -> None:
         self._absorbed_releases = state["absorbed_releases"]
 
-    def release(self, chunks: Iterable[RowChunk], shape: tuple[int, int]) -> Released:
+    def release(self, chunks: Iterable[RecordChunk], shape: tuple[int, int]) -> Released:
         """Turn private rows into one released value; once per training step.
 
         Args:

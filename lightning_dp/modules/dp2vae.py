@@ -10,6 +10,8 @@ from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.gradients.per_record import trainable_parameters
+from lightning_dp.gradients.record_gradients import rows_of
+from lightning_dp.gradients.source import GradientMode
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.records import check_share
@@ -53,6 +55,7 @@ class DP2VAE(DPVAE):
         final_learning_rate_share: See DPVAE.
         ema_decay: See DPVAE.
         chunk_size: See DPVAE.
+        gradients: See DPVAE.
         public_seed: See DPVAE.
 
     Raises:
@@ -78,7 +81,8 @@ class DP2VAE(DPVAE):
         betas: tuple[float, float] = (0.9, 0.999),
         final_learning_rate_share: float = 1.0,
         ema_decay: float = 0.0,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
+        gradients: GradientMode = "auto",
         public_seed: int = 0,
     ) -> None:
         super().__init__(
@@ -94,6 +98,7 @@ class DP2VAE(DPVAE):
             final_learning_rate_share=final_learning_rate_share,
             ema_decay=ema_decay,
             chunk_size=chunk_size,
+            gradients=gradients,
             public_seed=public_seed,
         )
         check_share(encoder_share=encoder_share)
@@ -195,6 +200,7 @@ class DP2VAE(DPVAE):
     def _decoder_rows(self, records: Tensor) -> Iterator[RowChunk]:
         """Yield rows whose columns of the encoder, which come first, are zero."""
         num_columns = sum(p.numel() for p in trainable_parameters(self.autoencoder.encoder).values())
-        for chunk in self.record_rows(records):
-            chunk.values[..., :num_columns] = 0
-            yield chunk
+        for gradients in self.record_rows(records):
+            for chunk in rows_of(gradients):
+                chunk.values[..., :num_columns] = 0
+                yield chunk

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.per_record import per_record_rows, trainable_parameters
-from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
+from lightning_dp.gradients.record_gradients import RecordChunk
+from lightning_dp.gradients.source import GradientMode
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
@@ -49,7 +50,8 @@ class DPGAN(RecordModule):
         generator_learning_rate: Adam's learning rate for the generator; null takes that of the critic.
         betas: Adam's betas for both.
         ema_decay: Decay of the moving average of the generator that is released; 0 releases the last iterate.
-        chunk_size: Records whose gradients are held at a time.
+        chunk_size: Records whose gradients are held at a time; null fits it to cache and memory.
+        gradients: functorch, materialize, ghost, or auto for the fastest of them (see `GradientSource`); speed only.
         public_seed: Seed of latents and labels; not of the noise, nor of the sampling.
 
     Raises:
@@ -70,11 +72,16 @@ class DPGAN(RecordModule):
         generator_learning_rate: float | None = None,
         betas: tuple[float, float] = (0.5, 0.999),
         ema_decay: float = 0.0,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
+        gradients: GradientMode = "auto",
         public_seed: int = 0,
     ) -> None:
         super().__init__(
-            expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed, ema_decay=ema_decay
+            expected_batch_size=expected_batch_size,
+            chunk_size=chunk_size,
+            gradients=gradients,
+            public_seed=public_seed,
+            ema_decay=ema_decay,
         )
         self.num_fakes = fakes_per_step if fakes_per_step is not None else max(1, round(expected_batch_size))
         self.generator_learning_rate = learning_rate if generator_learning_rate is None else generator_learning_rate
@@ -142,13 +149,12 @@ class DPGAN(RecordModule):
         self.finish_step(with_average=is_due)
 
     @override
-    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
-        for ids in records.split(self.chunk_size):
-            batch = (self.images_of(ids), self.labels_of(ids))
-            on_device = ids.to(self.device)
-            yield from per_record_rows(
-                self.critic, self._loss_of_record, batch, chunk_size=self.chunk_size, ids=on_device
-            )
+    def record_loss_of(self) -> tuple[nn.Module, RecordLoss]:
+        return self.critic, self._loss_of_record
+
+    @override
+    def record_batch(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return self.images_of(ids), self.labels_of(ids)
 
     def _loss_of_record(self, critic: nn.Module, image: Tensor, label: Tensor) -> Tensor:
         """Return -log of the probability that the critic gives to "real", of one image (1, C, H, W)."""
@@ -158,11 +164,14 @@ class DPGAN(RecordModule):
         """Return -log of the probability that the critic gives to "fake", of one image (1, C, H, W)."""
         return F.softplus(critic(image, one_hot(label, self.generator.num_classes))).sum()
 
-    def _fake_rows(self) -> Iterator[RowChunk]:
+    def _fake_rows(self) -> Iterator[RecordChunk]:
         """Yield the critic's gradients at public fakes: public rows."""
         with torch.no_grad():
             fakes, labels = self._fakes(_CRITIC_FAKES)
-        return per_record_rows(self.critic, self._loss_of_fake, (fakes, labels), chunk_size=self.chunk_size)
+        at_once = self.source.records_at_once(self.critic, self._loss_of_fake, (fakes, labels))
+        for ids in torch.arange(self.num_fakes, device=self.device).split(at_once):
+            batch = (fakes[ids], labels[ids])
+            yield from self.source.gradients(self.critic, self._loss_of_fake, batch, ids=ids)
 
     def _fakes(self, purpose: int) -> tuple[Tensor, Tensor]:
         """Return fakes with uniform labels; public, as latents and labels are, and the generator."""

@@ -1,6 +1,5 @@
 """DP-SGD: a classifier learns from clipped, noised sums of per-record gradients (Abadi et al. 2016, Algorithm 1)."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,8 +12,8 @@ from typing_extensions import override
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.classification import ClassificationResult, evaluate_classifier
 from lightning_dp.evaluation.protocol import EvaluationProtocol
-from lightning_dp.gradients.per_record import per_record_rows, trainable_parameters
-from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
+from lightning_dp.gradients.source import GradientMode
 from lightning_dp.gradients.views import random_views
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
@@ -47,7 +46,8 @@ class DPSGDClassifier(RecordModule):
         momentum: Of sgd, in [0, 1).
         final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
         ema_decay: Decay of the moving average that is released; 0 releases the last iterate.
-        chunk_size: Records whose gradients are held at a time.
+        chunk_size: Records whose gradients are held at a time; null fits it to cache and memory.
+        gradients: functorch, materialize, ghost, or auto for the fastest of them (see `GradientSource`); speed only.
         public_seed: Seed of the views; not of the noise, nor of the sampling.
 
     Raises:
@@ -67,11 +67,16 @@ class DPSGDClassifier(RecordModule):
         momentum: float = 0.0,
         final_learning_rate_share: float = 1.0,
         ema_decay: float = 0.0,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
+        gradients: GradientMode = "auto",
         public_seed: int = 0,
     ) -> None:
         super().__init__(
-            expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed, ema_decay=ema_decay
+            expected_batch_size=expected_batch_size,
+            chunk_size=chunk_size,
+            gradients=gradients,
+            public_seed=public_seed,
+            ema_decay=ema_decay,
         )
         check_positive(views_per_record=views_per_record, learning_rate=learning_rate)
         check_decay(momentum=momentum)
@@ -145,15 +150,12 @@ class DPSGDClassifier(RecordModule):
         self.train_on_release(self.network)
 
     @override
-    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
-        """Yield the gradients of records, a chunk at a time, so that few views are in memory."""
-        for ids in records.split(self.chunk_size):
-            views = self._views(self.images_of(ids), ids)
-            on_device = ids.to(self.device)
-            batch = (views, self.labels_of(ids))
-            yield from per_record_rows(
-                self.network, mean_cross_entropy, batch, chunk_size=self.chunk_size, ids=on_device
-            )
+    def record_loss_of(self) -> tuple[nn.Module, RecordLoss]:
+        return self.network, mean_cross_entropy
+
+    @override
+    def record_batch(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return self._views(self.images_of(ids), ids), self.labels_of(ids)
 
     def _views(self, images: Tensor, ids: Tensor) -> Tensor:
         if not (self.max_shift or self.flip):

@@ -14,9 +14,10 @@ from typing_extensions import override
 
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
-from lightning_dp.gradients.per_record import row_segments, trainable_parameters
+from lightning_dp.gradients.per_record import RecordLoss, row_segments, trainable_parameters
 from lightning_dp.gradients.poisson import PoissonSampler
-from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.record_gradients import RecordChunk
+from lightning_dp.gradients.source import GradientMode, GradientSource
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
 from lightning_dp.networks.ema import ExponentialMovingAverage
@@ -139,7 +140,8 @@ class RecordModule(PoissonModule):
 
     Args:
         expected_batch_size: See `PoissonModule`.
-        chunk_size: Records whose gradients are held at a time, >= 1; memory and speed only.
+        chunk_size: Records whose gradients are held at a time, >= 1; None fits it to cache and memory.
+        gradients: How gradients are made; memory and speed only (see `GradientSource`).
         public_seed: See `PoissonModule`.
         ema_decay: See `PoissonModule`.
 
@@ -148,11 +150,18 @@ class RecordModule(PoissonModule):
     """
 
     def __init__(
-        self, *, expected_batch_size: float, chunk_size: int, public_seed: int, ema_decay: float = 0.0
+        self,
+        *,
+        expected_batch_size: float,
+        chunk_size: int | None,
+        public_seed: int,
+        ema_decay: float = 0.0,
+        gradients: GradientMode = "auto",
     ) -> None:
         super().__init__(expected_batch_size=expected_batch_size, public_seed=public_seed, ema_decay=ema_decay)
-        check_positive(chunk_size=chunk_size)
-        self.chunk_size = chunk_size
+        if chunk_size is not None:
+            check_positive(chunk_size=chunk_size)
+        self.source = GradientSource(gradients, chunk_size)
 
     def record_spec(self, network: nn.Module) -> ContributionSpec:
         """Describe rows that are per-record gradients of `network`."""
@@ -164,13 +173,30 @@ class RecordModule(PoissonModule):
         )
 
     @abstractmethod
-    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
-        """Yield the rows of a batch.
+    def record_loss_of(self) -> tuple[nn.Module, RecordLoss]:
+        """Return the network whose gradients are rows, and the loss of one record."""
+
+    @abstractmethod
+    def record_batch(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Return what the loss takes of records, first axes of length n. Private.
 
         Args:
-            records: Private indices, int64 on the CPU, (n,); n may be 0. A record's row must not depend on which
-                others are among them.
+            ids: Private indices, int64 on the CPU, (n,). What belongs to a record must not depend on which others are
+                among them.
         """
+
+    def record_rows(self, records: Tensor) -> Iterator[RecordChunk]:
+        """Yield the gradients of a batch, a chunk at a time.
+
+        Args:
+            records: Private indices, int64 on the CPU, (n,); n may be 0.
+        """
+        if not len(records):
+            return
+        network, loss = self.record_loss_of()
+        at_once = self.source.records_at_once(network, loss, self.record_batch(records[:1]))
+        for ids in records.split(at_once):
+            yield from self.source.gradients(network, loss, self.record_batch(ids), ids=ids.to(self.device))
 
     def train_on_release(self, network: nn.Module) -> None:
         """Make the release of this step, and let the optimizer take it as the gradient of `network`."""

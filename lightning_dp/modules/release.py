@@ -1,6 +1,6 @@
 """The one door between private rows and anything that leaves: encode, sum, charge, noise once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients
 from lightning_dp.gradients.teachers import RowChunk
-from lightning_dp.mechanisms.base import EncodeContext, Mechanism, ReleasePlan
+from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
 
 _DOOR = object()  # Only this module can make a Released value.
@@ -54,7 +55,7 @@ class PublicRows:
         chunks: The rows.
     """
 
-    chunks: Iterable[RowChunk]
+    chunks: Iterable[RecordChunk]
 
 
 class ReleaseSession:
@@ -113,7 +114,7 @@ class ReleaseSession:
                 "A training step ended without a release(); every private step makes exactly one."
             )
 
-    def release(self, chunks: Iterable[RowChunk], shape: tuple[int, int], device: torch.device) -> Released:
+    def release(self, chunks: Iterable[RecordChunk], shape: tuple[int, int], device: torch.device) -> Released:
         """Encode and sum all rows, charge the ledger, add noise once, decode.
 
         The number under which the ledger will hold the release also names its coins and its noise. The ledger entry is
@@ -179,12 +180,12 @@ class ReleaseSession:
         return self.mechanism.reference(total, self.plan, release_number=number, public_seed=self._public_seed)
 
     def _encoded_sum(
-        self, chunks: Iterable[RowChunk], num_vectors: int, device: torch.device, number: int, *, is_private: bool
+        self, chunks: Iterable[RecordChunk], num_vectors: int, device: torch.device, number: int, *, is_private: bool
     ) -> Tensor:
         mechanism, spec = self.mechanism, self.plan.spec
         total = torch.zeros(num_vectors, mechanism.encoded_dim(spec), dtype=mechanism.total_dtype, device=device)
         basis = mechanism.public_basis(spec, release_number=number, public_seed=self._public_seed)
-        for chunk in chunks:
+        for chunk in rows_where_needed(chunks, mechanism, spec, total):
             rows = chunk.values if basis is None else chunk.in_basis(basis)
             context = EncodeContext(
                 release_number=number,
@@ -198,3 +199,21 @@ class ReleaseSession:
                 encoded = mechanism.perturb_rows(encoded, self.plan, context)
             total[chunk.queries] += encoded.sum(dim=0, dtype=mechanism.total_dtype)
         return total
+
+
+def rows_where_needed(
+    chunks: Iterable[RecordChunk], mechanism: Mechanism, spec: ContributionSpec, total: Tensor
+) -> Iterator[RowChunk]:
+    """Yield what must be encoded row by row; add to `total` what norms alone decide, and let go of it."""
+    for chunk in chunks:
+        if not isinstance(chunk, RecordGradients):
+            yield chunk
+            continue
+        scaling = mechanism.row_scaling(chunk.norm_bounds, spec)
+        if scaling is None:
+            yield from chunk.row_chunks()
+            continue
+        parts = [chunk.weighted_sum(scaling.weights)]
+        if scaling.appended is not None:
+            parts.append(scaling.appended.sum(0))
+        total[0] += torch.cat(parts)

@@ -1,6 +1,5 @@
 """DP-VAE: a variational autoencoder trained on per-record gradients; its decoder is what leaves."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.per_record import per_record_rows, trainable_parameters
-from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
+from lightning_dp.gradients.source import GradientMode
 from lightning_dp.losses.elbo import bernoulli_nll, gaussian_nll, kl_to_standard_normal
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.keyed import keyed_normal
@@ -43,7 +42,8 @@ class DPVAE(RecordModule):
         betas: Adam's betas.
         final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
         ema_decay: Decay of the moving average of the decoder that is released; 0 releases the last iterate.
-        chunk_size: Records whose gradients are held at a time.
+        chunk_size: Records whose gradients are held at a time; null fits it to cache and memory.
+        gradients: functorch, materialize, ghost, or auto for the fastest of them (see `GradientSource`); speed only.
         public_seed: Seed of the latents of records; not of the noise, nor of the sampling.
 
     Raises:
@@ -64,11 +64,16 @@ class DPVAE(RecordModule):
         betas: tuple[float, float] = (0.9, 0.999),
         final_learning_rate_share: float = 1.0,
         ema_decay: float = 0.0,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
+        gradients: GradientMode = "auto",
         public_seed: int = 0,
     ) -> None:
         super().__init__(
-            expected_batch_size=expected_batch_size, chunk_size=chunk_size, public_seed=public_seed, ema_decay=ema_decay
+            expected_batch_size=expected_batch_size,
+            chunk_size=chunk_size,
+            gradients=gradients,
+            public_seed=public_seed,
+            ema_decay=ema_decay,
         )
         check_positive(draws_per_record=draws_per_record, learning_rate=learning_rate, pixel_std=pixel_std)
         check_share(final_learning_rate_share=final_learning_rate_share)
@@ -122,17 +127,16 @@ class DPVAE(RecordModule):
         self.train_on_release(self.autoencoder)
 
     @override
-    def record_rows(self, records: Tensor) -> Iterator[RowChunk]:
-        shape = (self.draws_per_record, self.autoencoder.decoder.latent_dim)
-        for ids in records.split(self.chunk_size):
-            images, labels = self.images_of(ids), self.labels_of(ids)
-            on_device = ids.to(self.device)
-            # Keyed by the record, so that one that joins or leaves changes nobody else's draws.
-            draws = keyed_normal(torch.Size((len(ids), *shape)), seed=self.step_seed(_LATENT), row_ids=on_device)
-            batch = (images, labels, draws.to(images))
-            yield from per_record_rows(
-                self.autoencoder, self.record_loss, batch, chunk_size=self.chunk_size, ids=on_device
-            )
+    def record_loss_of(self) -> tuple[nn.Module, RecordLoss]:
+        return self.autoencoder, self.record_loss
+
+    @override
+    def record_batch(self, ids: Tensor) -> tuple[Tensor, ...]:
+        images, on_device = self.images_of(ids), ids.to(self.device)
+        shape = torch.Size((len(ids), self.draws_per_record, self.autoencoder.decoder.latent_dim))
+        # Keyed by the record, so that one that joins or leaves changes nobody else's draws.
+        draws = keyed_normal(shape, seed=self.step_seed(_LATENT), row_ids=on_device)
+        return images, self.labels_of(ids), draws.to(images)
 
     def record_loss(self, network: nn.Module, image: Tensor, label: Tensor, draws: Tensor) -> Tensor:
         """Return the loss of one record, averaged over its draws.

@@ -120,6 +120,30 @@ class MechanismContract(ABC):
         else:
             assert torch.equal(parts, whole)
 
+    def test_a_row_scaling_says_what_encode_does(self):
+        """Rows that are never formed must be treated as those that are; the broken twins forget a part."""
+        mechanism = self.make()
+        if "record" not in mechanism.kinds:
+            pytest.skip("takes no per-record gradients")
+        spec = ContributionSpec.records(expected_batch_size=40, vector_dim=16, segments=(10, 6))
+        rows = adversarial_rows(spec)
+        norms = torch.linalg.vector_norm(rows[:, 0].double(), dim=-1)
+        scaling = mechanism.row_scaling(norms, spec)
+        if scaling is None:
+            return
+        assert type(mechanism).perturb_rows is Mechanism.perturb_rows
+        assert type(mechanism).public_basis is Mechanism.public_basis
+        scaled = scaling.weights[:, None] * torch.where(torch.isfinite(norms)[:, None], rows[:, 0].double(), 0.0)
+        parts = [scaled] if scaling.appended is None else [scaled, scaling.appended]
+        encoded = mechanism.encode(rows, spec, context(len(rows))).double()[:, 0]
+        torch.testing.assert_close(torch.cat(parts, dim=1), encoded, rtol=1e-12, atol=0)
+        assert torch.equal(scaling.weights == 0, ~torch.isfinite(norms))
+        # Norms that are a little too large keep every row within its bound.
+        above = mechanism.row_scaling(norms * 1.001, spec)
+        assert above is not None
+        parts[0] = scaled * (above.weights / scaling.weights.clamp(min=1e-300))[:, None]
+        assert torch.cat(parts, dim=1).norm(dim=1).max() <= mechanism.row_bound(spec)
+
     def test_no_rows_release_pure_noise(self):
         mechanism, spec = self.make(), self.spec()
         empty = torch.zeros(0, spec.vectors_per_row, spec.vector_dim)

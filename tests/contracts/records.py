@@ -6,6 +6,7 @@ import torch
 
 from lightning_dp.mechanisms.base import EncodeContext, Mechanism
 from lightning_dp.mechanisms.noise import NoiseSource
+from lightning_dp.modules.release import rows_where_needed
 
 
 def clean_sum(module, data, ids: torch.Tensor, mechanism: Mechanism) -> torch.Tensor:
@@ -15,7 +16,7 @@ def clean_sum(module, data, ids: torch.Tensor, mechanism: Mechanism) -> torch.Te
     module.describe_data(data)
     spec = module.contribution_spec()
     total = torch.zeros(spec.num_vectors, mechanism.encoded_dim(spec), dtype=mechanism.total_dtype)
-    for chunk in module.record_rows(ids):
+    for chunk in rows_where_needed(module.record_rows(ids), mechanism, spec, total):
         context = EncodeContext(
             release_number=1, public_seed=0, noise=NoiseSource(insecure_seed=0), row_ids=chunk.teacher_ids
         )

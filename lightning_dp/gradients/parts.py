@@ -1,0 +1,204 @@
+"""What the per-record gradients of one parameter are made of: rows, or two factors whose product is never formed.
+
+Every part states a norm per record that its contribution to a weighted sum provably does not exceed, as computed, and
+sums in double precision (docs/decisions.md, "What rounding may do to a weighted sum").
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# A number of a row costs about as much to write, measure and sum as this many multiplications (docs/performance.md).
+_TRAFFIC: Final = 30
+_BLOCK_ENTRIES: Final = 2**16
+_CACHED_ENTRIES: Final = 2**18
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the entries of a gradient lie in memory, and how they are to be handed out.
+
+    Attributes:
+        sizes: Lengths of the axes as they lie.
+        axes: The same axes in the order of the parameter.
+    """
+
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def restored(self, values: Tensor) -> Tensor:
+        """Return values, (..., m), in the order of the parameter."""
+        leading = values.dim() - 1
+        axes = (*range(leading), *(leading + axis for axis in self.axes))
+        return values.unflatten(-1, self.sizes).permute(axes).flatten(leading)
+
+
+class Part(ABC):
+    """A share of the gradients of n records with respect to one parameter of m entries."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """Return the gradients, (n, m)."""
+
+    @property
+    @abstractmethod
+    def squared_norms(self) -> Tensor:
+        """Return squared norms as computed, (n,), float64."""
+
+    @property
+    @abstractmethod
+    def squared_bounds(self) -> Tensor:
+        """Return numbers that the squared norms, computed without rounding, do not exceed, (n,), float64."""
+
+    @property
+    @abstractmethod
+    def squared_masses(self) -> Tensor:
+        """Return the squares of what the norms would be if nothing cancelled in the sums to come, (n,), float64."""
+
+    @abstractmethod
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Return the sum over records of weight times gradient, (m,), float64.
+
+        Args:
+            weights: (n,), float64.
+        """
+
+    @abstractmethod
+    def silence(self, is_silent: Tensor) -> "Part":
+        """Return the part with the gradients of some records, (n,), replaced by zeros."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory that the part holds."""
+
+
+class Rows(Part):
+    """Gradients as they are.
+
+    Args:
+        values: (n, ...).
+        order: Of the entries; None where they lie as in the parameter.
+    """
+
+    def __init__(self, values: Tensor, order: Order | None = None) -> None:
+        self._values, self._order = values, order
+
+    def rows(self) -> Tensor:  # noqa: D102
+        rows = self._values.flatten(1)
+        return rows if self._order is None else self._order.restored(rows)
+
+    @cached_property
+    def squared_norms(self) -> Tensor:  # noqa: D102
+        # In the gradients' own precision along the last axis: squares do not cancel, so their rounding has a bound.
+        return torch.linalg.vector_norm(self._lines, dim=-1).to(torch.float64).square().sum(1)
+
+    @property
+    def squared_bounds(self) -> Tensor:  # noqa: D102
+        lines = self._lines
+        unit = torch.finfo(lines.dtype).eps / 2
+        # m squares, in any order, are off by a factor of at most 1 + 2 m u; a root and what underflows come on top.
+        relative = 1 + 2 * (lines.shape[-1] + 4) * unit
+        return self.squared_norms * relative + math.prod(lines.shape[1:]) * torch.finfo(lines.dtype).tiny
+
+    @property
+    def squared_masses(self) -> Tensor:  # noqa: D102
+        return self.squared_norms
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        rows = self._values.flatten(1)
+        width = max(1, _BLOCK_ENTRIES // max(1, len(rows)))
+        total = torch.cat([weights @ block.to(torch.float64) for block in rows.split(width, dim=1)])
+        return total if self._order is None else self._order.restored(total)
+
+    def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
+        return Rows(self._values.flatten(1).masked_fill(is_silent.unsqueeze(1), 0.0), self._order)
+
+    @property
+    def num_bytes(self) -> int:  # noqa: D102
+        return self._values.numel() * self._values.element_size()
+
+    @property
+    def _lines(self) -> Tensor:
+        return self._values if self._values.dim() == 3 else self._values.flatten(1).unsqueeze(1)
+
+
+class Product(Part):
+    """The sum over T places of an outer product, (p, d), of two factors of each record; never formed.
+
+    Norms come from the inner products of the factors at two places (T^2 (p + d) multiplications instead of T p d), and
+    the weighted sum over records is one matrix product. Both in double precision.
+
+    Args:
+        left: (n, T, p), float64.
+        right: (n, T, d), float64.
+        order: Of the entries; None where they lie as in the parameter.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, order: Order | None = None) -> None:
+        self._left, self._right, self._order = left, right, order
+
+    def rows(self) -> Tensor:  # noqa: D102
+        rows = torch.bmm(self._left.mT, self._right).flatten(1)
+        return rows if self._order is None else self._order.restored(rows)
+
+    @cached_property
+    def squared_norms(self) -> Tensor:  # noqa: D102
+        if self._left.shape[1] == 1:
+            return self.squared_masses
+        inner = [torch.bmm(factor, factor.mT) for factor in (self._left, self._right)]  # (n, T, T)
+        return (inner[0] * inner[1]).sum((1, 2)).clamp(min=0)
+
+    @property
+    def squared_bounds(self) -> Tensor:  # noqa: D102
+        places, terms = self._left.shape[1], self._left.shape[2] + self._right.shape[2]
+        rounding = 2 * (places * places + terms + 4) * torch.finfo(torch.float64).eps
+        return self.squared_norms + rounding * self.squared_masses
+
+    @cached_property
+    def squared_masses(self) -> Tensor:  # noqa: D102
+        left, right = (torch.linalg.vector_norm(factor, dim=2) for factor in (self._left, self._right))
+        return (left * right).sum(1).square()
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        weighted = (self._left * weights[:, None, None]).flatten(0, 1)
+        total = (weighted.T @ self._right.flatten(0, 1)).flatten()
+        return total if self._order is None else self._order.restored(total)
+
+    def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
+        is_silent = is_silent[:, None, None]
+        left, right = (factor.masked_fill(is_silent, 0.0) for factor in (self._left, self._right))
+        return Product(left, right, self._order)
+
+    @property
+    def num_bytes(self) -> int:  # noqa: D102
+        return 8 * (self._left.numel() + self._right.numel())
+
+
+def product(
+    left: Tensor, right: Callable[[slice], Tensor], d: int, *, as_rows: bool, order: Order | None = None
+) -> Part:
+    """Return the gradients sum_t left_t x right_t as rows, or as factors where that is cheaper.
+
+    Args:
+        left: (n, T, p).
+        right: Returns (few, T, d) of a few records.
+        d: Entries of the right factor at one place.
+        as_rows: Rows are wanted whatever they cost.
+        order: Of the entries; None where they lie as in the parameter.
+    """
+    n, places, p = left.shape
+    if not as_rows and places * (1 + places * (p + d) / (p * d)) < _TRAFFIC:
+        return Product(left.to(torch.float64), right(slice(0, n)).to(torch.float64), order)
+    rows = left.new_empty(n, p, d)
+    at_once = max(1, _CACHED_ENTRIES // (places * d))
+    for start in range(0, n, at_once):
+        few = slice(start, start + at_once)
+        torch.bmm(left[few].mT, right(few), out=rows[few])
+    return Rows(rows, order)

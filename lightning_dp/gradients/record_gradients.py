@@ -1,0 +1,181 @@
+"""Per-record gradients as the parts that one backward pass leaves behind, for mechanisms that need only their norms."""
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from lightning_dp.gradients.overheard import Overhearing, UnsupportedNetwork
+from lightning_dp.gradients.parts import Part, Rows
+from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
+from lightning_dp.gradients.teachers import RowChunk
+
+# What the sums in double precision over a release may be off by, and how much may cancel before norms are raised.
+_SUM_MARGIN: Final = 1e-5
+_MOST_CANCELLED: Final = 64.0
+_CACHED_ENTRIES: Final = 2**20
+
+
+class RecordGradients:
+    """The gradients of n records: norms and weighted sums without rows, and rows for whoever wants them.
+
+    Args:
+        ids: Stable ids, int64, (n,).
+        parts: Of each trained parameter, in the order in which rows are flattened; none where the loss does not use it.
+        sizes: Entries of each parameter.
+        num_bytes_seen: Memory that the layers' inputs and outputs took while the parts were made, about.
+    """
+
+    def __init__(self, ids: Tensor, parts: list[list[Part]], sizes: list[int], num_bytes_seen: int = 0) -> None:
+        self.ids = ids
+        self._num_bytes_seen = num_bytes_seen
+        self._parts = [_joined(few) for few in parts]
+        self._sizes = sizes
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms as computed, (n,), float64; not finite where a gradient is not. Private."""
+        return self._over_parts("squared_norms").sqrt()
+
+    @property
+    def norm_bounds(self) -> Tensor:
+        """Norms that the contributions to a weighted sum do not exceed, rounding included, (n,), float64. Private."""
+        bounds = self._over_parts("squared_bounds")
+        masses = self._over_parts("squared_masses") / _MOST_CANCELLED**2
+        return torch.maximum(bounds, masses).sqrt() * (1 + _SUM_MARGIN)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Return the sum of weight times gradient, (D,), float64; a record of weight zero adds nothing at all.
+
+        Args:
+            weights: (n,), float64, finite.
+        """
+        is_silent = weights == 0
+        sums: list[Tensor] = []
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            if part is None:
+                sums.append(torch.zeros(size, dtype=torch.float64, device=weights.device))
+                continue
+            # Selected, not multiplied: 0 * NaN is NaN.
+            heard = part.silence(is_silent) if bool(is_silent.any()) else part
+            sums.append(heard.weighted_sum(weights))
+        return torch.cat(sums)
+
+    def row_chunks(self) -> Iterator[RowChunk]:
+        """Yield the gradients as rows, few enough at a time to stay in the cache."""
+        num = len(self.ids)
+        pieces = max(1, _CACHED_ENTRIES // sum(self._sizes))
+        filled = [part.rows() for part in self._parts if part is not None]
+        for few in torch.arange(num, device=self.ids.device).split(pieces):
+            found = iter(filled)
+            columns = [
+                filled[0].new_zeros(len(few), size) if part is None else next(found)[few]
+                for part, size in zip(self._parts, self._sizes, strict=True)
+            ]
+            yield RowChunk(self.ids[few], torch.cat(columns, dim=1).unsqueeze(1), slice(0, 1))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that making and keeping the parts takes, about."""
+        return self._num_bytes_seen + sum(part.num_bytes for part in self._parts if part is not None)
+
+    def _over_parts(self, name: str) -> Tensor:
+        total = torch.zeros(len(self.ids), dtype=torch.float64, device=self.ids.device)
+        for part in self._parts:
+            if part is not None:
+                total += getattr(part, name)
+        return total
+
+
+RecordChunk = RowChunk | RecordGradients
+"""What a release takes of some records."""
+
+
+def rows_of(chunk: RecordChunk) -> Iterator[RowChunk]:
+    """Yield the rows of a chunk."""
+    if isinstance(chunk, RowChunk):
+        yield chunk
+    else:
+        yield from chunk.row_chunks()
+
+
+def _joined(parts: list[Part]) -> Part | None:
+    """Return the one part of a parameter; one that is used in several places has the sum of its rows."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    total = parts[0].rows().clone()
+    for part in parts[1:]:
+        total += part.rows()
+    return Rows(total)
+
+
+def overheard_gradients(
+    network: nn.Module, loss: RecordLoss, records: tuple[Tensor, ...], *, ids: Tensor, as_rows: bool
+) -> RecordGradients:
+    """Return the gradients of `loss` at each record from one backward pass.
+
+    `vmap` runs the loss of one record for all of them, so no record sees another, whatever the loss is; only the
+    layers that use trained parameters are handed all records, and treat them alike. A gradient that reaches a trained
+    parameter on any other way than through such a layer is noticed.
+
+    Args:
+        network: See `per_record_rows`.
+        loss: See `per_record_rows`.
+        records: See `per_record_rows`; at least one.
+        ids: Stable ids, int64, (n,).
+        as_rows: Form the gradient of every record; otherwise factors may be kept.
+
+    Raises:
+        UnsupportedNetwork: Some use of a trained parameter cannot be overheard.
+    """
+    trained = trainable_parameters(network)
+    parameters = list(trained.values())
+
+    def one_loss(*record: Tensor) -> Tensor:
+        return loss(network, *(tensor.unsqueeze(0) for tensor in record))
+
+    with torch.enable_grad():
+        overhearing = Overhearing(as_rows=as_rows)
+        with overhearing:
+            losses = vmap(one_loss)(*records)
+        anchors = [overhearing.anchor] if overhearing.anchor is not None else []
+        if losses.requires_grad:
+            overhearing.is_listening = True
+            elsewhere = torch.autograd.grad(losses.sum(), [*anchors, *parameters], allow_unused=True)[len(anchors) :]
+            for name, gradient in zip(trained, elsewhere, strict=True):
+                if gradient is not None:
+                    raise UnsupportedNetwork(f"{name} is used by another operation than a supported layer")
+        parts = _by_parameter(overhearing.found, parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    return RecordGradients(ids, parts, sizes, overhearing.num_bytes)
+
+
+def _by_parameter(found: list[tuple[Tensor, Part]], parameters: list[nn.Parameter]) -> list[list[Part]]:
+    """Return the parts of each parameter; those of what was computed from parameters are carried back to them."""
+    parts: list[list[Part]] = [[] for _ in parameters]
+    position = {id(parameter): index for index, parameter in enumerate(parameters)}
+    for weight, part in found:
+        if id(weight) in position:
+            parts[position[id(weight)]].append(part)
+            continue
+        for index, rows in _carried_back(weight, part.rows(), parameters):
+            parts[index].append(Rows(rows))
+    return parts
+
+
+def _carried_back(weight: Tensor, rows: Tensor, parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the per-record gradients of parameters from those of a weight that was computed from them."""
+    at_once = max(1, _CACHED_ENTRIES // weight.numel())
+    carried: list[list[Tensor]] = [[] for _ in parameters]
+    for few in rows.unflatten(1, weight.shape).split(at_once):
+        gradients = torch.autograd.grad(
+            weight, parameters, few, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                carried[index].append(gradient.flatten(min(2, gradient.dim() - 1)))
+    for index, pieces_of_one in enumerate(carried):
+        if pieces_of_one:
+            yield index, torch.cat(pieces_of_one)
