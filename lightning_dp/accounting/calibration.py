@@ -7,7 +7,7 @@ from dataclasses import replace
 from dp_accounting import NeighboringRelation
 
 from lightning_dp.accounting.accountants import Accountant, checked_delta, compute_epsilon, quick_epsilon_bound
-from lightning_dp.accounting.composition import canonical_terms, is_unsampled
+from lightning_dp.accounting.composition import Counts, canonical_terms, is_unsampled
 from lightning_dp.accounting.events import (
     GaussianRelease,
     NonPrivateRelease,
@@ -29,6 +29,7 @@ def calibrate_noise_multiplier(
     sampling: Sampling,
     relation: str | NeighboringRelation,
     accountant: Accountant = "auto",
+    before: Counts | None = None,
 ) -> float:
     """Return the smallest noise multiplier at which the planned releases keep the budget.
 
@@ -43,6 +44,7 @@ def calibrate_noise_multiplier(
         sampling: How records enter each release.
         relation: The neighbouring relation of the events' sensitivities.
         accountant: The one that will state the epsilon, as in `compute_epsilon`.
+        before: Releases of other kinds that the same budget pays, fixed beforehand.
 
     Returns:
         The multiplier; its epsilon is never above the target and at most 1e-5 of the target below it, unless the
@@ -65,18 +67,21 @@ def calibrate_noise_multiplier(
         raise ConfigurationError(f"Expected num_releases to be an integer >= 1, got num_releases={num_releases!r}.")
     _refuse_non_private(make_event(1.0))
 
+    def planned(noise: float) -> Counts:
+        return _joined(before, make_event(noise), sampling, num_releases)
+
     def quick(noise: float) -> float:
-        return quick_epsilon_bound({(make_event(noise), sampling): num_releases}, delta=delta, relation=relation)
+        return quick_epsilon_bound(planned(noise), delta=delta, relation=relation)
 
     def full(noise: float) -> float:
-        counts = {(make_event(noise), sampling): num_releases}
-        return compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant).epsilon
+        return compute_epsilon(planned(noise), delta=delta, relation=relation, accountant=accountant).epsilon
 
     def amplified(noise: float) -> float:
-        event, way = _as_add_or_remove(make_event(noise), relation), NeighboringRelation.ADD_OR_REMOVE_ONE
-        return 2.0 * quick_epsilon_bound({(event, sampling): num_releases}, delta=delta, relation=way)
+        way = NeighboringRelation.ADD_OR_REMOVE_ONE
+        counts = {(_as_add_or_remove(event, relation), how): count for (event, how), count in planned(noise).items()}
+        return 2.0 * quick_epsilon_bound(counts, delta=delta, relation=way)
 
-    is_exact = is_unsampled(canonical_terms({(make_event(1.0), sampling): 1}))
+    is_exact = is_unsampled(canonical_terms(planned(1.0)))
     near = smallest_noise(
         quick if is_exact else amplified if relation is NeighboringRelation.REPLACE_ONE else quick,
         target,
@@ -101,6 +106,7 @@ def max_releases(
     target_delta: float,
     relation: str | NeighboringRelation,
     accountant: Accountant = "auto",
+    before: Counts | None = None,
 ) -> int:
     """Return how many releases of one kind the budget holds.
 
@@ -113,6 +119,7 @@ def max_releases(
         target_delta: Its delta, in (0, 1).
         relation: The neighbouring relation of the event's sensitivity.
         accountant: The one that will state the epsilon, as in `compute_epsilon`.
+        before: Releases of other kinds that the same budget pays, fixed beforehand.
 
     Returns:
         The largest count whose epsilon is at most the target; 0 if one release is too much; at most 10^9.
@@ -124,17 +131,24 @@ def max_releases(
     _refuse_non_private(event)
 
     def quick(count: int) -> float:
-        return quick_epsilon_bound({(event, sampling): count}, delta=delta, relation=relation)
+        return quick_epsilon_bound(_joined(before, event, sampling, count), delta=delta, relation=relation)
 
     allowed = largest_count(quick, target)
-    if accountant == "auto" and is_unsampled(canonical_terms({(event, sampling): 1})):
+    if accountant == "auto" and is_unsampled(canonical_terms(_joined(before, event, sampling, 1))):
         return allowed
 
     def full(count: int) -> float:
-        counts = {(event, sampling): count}
+        counts = _joined(before, event, sampling, count)
         return compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant).epsilon
 
     return largest_count(full, target, guess=allowed)
+
+
+def _joined(before: Counts | None, event: ReleaseEvent, sampling: Sampling, count: int) -> Counts:
+    """Return the counts of a whole run: what comes first, and `count` releases of one kind."""
+    counts = dict(before or {})
+    counts[event, sampling] = counts.get((event, sampling), 0) + count
+    return counts
 
 
 def _checked_target(target_epsilon: float) -> float:

@@ -8,6 +8,7 @@ from dp_accounting import NeighboringRelation
 
 from lightning_dp.accounting.accountants import Accountant, compute_epsilon
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_releases
+from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, parse_relation
 from lightning_dp.errors import ConfigurationError
 
@@ -56,15 +57,22 @@ class PrivacyBudget:
 
     Attributes:
         noise_multiplier: Noise std / L2 sensitivity.
-        num_releases: Planned releases; the run ends after them.
+        num_releases: Planned releases in all; the run ends after them.
         epsilon: Epsilon that the ledger may not cross; what the planned releases cost where no target was given.
         delta: Delta of that epsilon.
+        num_before: How many of the releases are made before the method's own, by a warm start.
     """
 
     noise_multiplier: float
     num_releases: int
     epsilon: float
     delta: float
+    num_before: int = 0
+
+    @property
+    def num_own(self) -> int:
+        """Planned releases of the method itself."""
+        return self.num_releases - self.num_before
 
 
 def resolve_budget(
@@ -73,6 +81,7 @@ def resolve_budget(
     make_event: Callable[[float], ReleaseEvent],
     sampling: Sampling,
     max_steps: int | None,
+    before: Counts | None = None,
 ) -> PrivacyBudget:
     """Return noise and length of a run from what the user gave.
 
@@ -81,12 +90,13 @@ def resolve_budget(
         make_event: The event of one release at a given noise multiplier.
         sampling: How units enter a release.
         max_steps: Planned number of releases, None where the user left it open.
+        before: Releases of other kinds that the same budget pays first.
 
     Raises:
         ConfigurationError: Too few or contradictory settings.
     """
     target, noise, delta = settings.target_epsilon, settings.noise_multiplier, settings.target_delta
-    relation = settings.relation
+    relation, num_before = settings.relation, sum((before or {}).values())
     if target is not None and noise is None:
         if max_steps is None:
             raise ConfigurationError(
@@ -101,8 +111,15 @@ def resolve_budget(
             sampling=sampling,
             relation=relation,
             accountant=settings.accountant,
+            before=before,
         )
-        return PrivacyBudget(noise_multiplier=noise, num_releases=max_steps, epsilon=target, delta=delta)
+        return PrivacyBudget(
+            noise_multiplier=noise,
+            num_releases=num_before + max_steps,
+            epsilon=target,
+            delta=delta,
+            num_before=num_before,
+        )
     if noise is None:
         raise ConfigurationError(
             "No privacy setting: give --privacy.target_epsilon or --privacy.noise_multiplier "
@@ -115,9 +132,16 @@ def resolve_budget(
                 f"privacy.noise_multiplier={noise} alone does not bound the run: "
                 "add --trainer.max_steps or --privacy.target_epsilon."
             )
-        counts = {(event, sampling): max_steps}
+        counts = dict(before or {})
+        counts[event, sampling] = counts.get((event, sampling), 0) + max_steps
         spent = compute_epsilon(counts, delta=delta, relation=relation, accountant=settings.accountant)
-        return PrivacyBudget(noise_multiplier=noise, num_releases=max_steps, epsilon=spent.epsilon, delta=delta)
+        return PrivacyBudget(
+            noise_multiplier=noise,
+            num_releases=num_before + max_steps,
+            epsilon=spent.epsilon,
+            delta=delta,
+            num_before=num_before,
+        )
     allowed = max_releases(
         event=event,
         sampling=sampling,
@@ -125,6 +149,7 @@ def resolve_budget(
         target_delta=delta,
         relation=relation,
         accountant=settings.accountant,
+        before=before,
     )
     if allowed == 0:
         raise ConfigurationError(
@@ -137,5 +162,9 @@ def resolve_budget(
             f"privacy.target_epsilon={target}, but trainer.max_steps={max_steps}. Drop one of the three."
         )
     return PrivacyBudget(
-        noise_multiplier=noise, num_releases=min(allowed, max_steps or allowed), epsilon=target, delta=delta
+        noise_multiplier=noise,
+        num_releases=num_before + min(allowed, max_steps or allowed),
+        epsilon=target,
+        delta=delta,
+        num_before=num_before,
     )

@@ -86,3 +86,32 @@ def test_bad_deltas_are_refused(delta):
 def test_unknown_relations_are_refused_with_the_choices():
     with pytest.raises(ConfigurationError, match="replace_one"):
         PrivacySettings(neighboring_relation="replace", target_epsilon=1.0)
+
+
+BEFORE = {(GaussianRelease(noise_std=8.0, l2_sensitivity=1.0), FULL): 1}
+
+
+@pytest.mark.parametrize("sampling", [FULL, Sampling(scheme="poisson", rate=0.05)])
+@pytest.mark.parametrize("relation", ["replace_one", "add_or_remove_one"])
+def test_releases_that_come_first_are_paid_by_the_same_budget(sampling, relation):
+    settings = PrivacySettings(neighboring_relation=relation, target_epsilon=1.0)
+    plan = {"make_event": event, "sampling": sampling, "max_steps": 20}
+    alone, after = resolve_budget(settings, **plan), resolve_budget(settings, **plan, before=BEFORE)
+    assert (after.num_releases, after.num_before, after.num_own) == (21, 1, 20)
+
+    def spent(budget):
+        counts = {**BEFORE, (event(budget.noise_multiplier), sampling): 20}
+        return compute_epsilon(counts, delta=1e-5, relation=relation).epsilon
+
+    assert 0.999 <= spent(after) <= 1.0
+    assert spent(alone) > 1.0  # the broken twin plans as if nothing came first
+
+
+def test_the_length_leaves_room_for_what_comes_first():
+    noise = {"target_epsilon": 1.0, "noise_multiplier": 40.0}
+    settings = PrivacySettings(neighboring_relation="replace_one", **noise)
+    alone = resolve(**noise)
+    after = resolve_budget(settings, make_event=event, sampling=FULL, max_steps=None, before=BEFORE)
+    assert 1 < after.num_own < alone.num_releases
+    counts = {**BEFORE, (event(40.0), FULL): after.num_own}
+    assert compute_epsilon(counts, delta=1e-5, relation="replace_one").epsilon <= 1.0
