@@ -12,7 +12,9 @@ from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 from lightning_dp.modules.dp2vae import DP2VAE
 from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.dpsgd import DPSGDClassifier
+from lightning_dp.modules.merf import DPMERF
 from lightning_dp.modules.moments import MomentsModule
+from lightning_dp.modules.pate_gan import PATEGAN
 from lightning_dp.modules.sinkhorn import DPSinkhorn
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.modules.vae import DPVAE
@@ -21,6 +23,7 @@ from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 from lightning_dp.networks.datalens import DataLensGenerator
 from lightning_dp.networks.dcgan import DCGANCritic, DCGANGenerator
 from lightning_dp.networks.dct import DCTGenerator
+from lightning_dp.networks.gswgan import GSWGANCritic, GSWGANGenerator
 from lightning_dp.networks.sinkhorn import SinkhornConvGenerator, SinkhornResidualGenerator
 from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator, SmallConvDiscriminator, SmallConvGenerator
 from lightning_dp.networks.tempered import TemperedCNN
@@ -30,8 +33,10 @@ from lightning_dp.networks.wide_resnet import WideResNet
 __all__ = [
     "DP2VAE",
     "DPGAN",
+    "DPMERF",
     "DPVAE",
     "MNIST",
+    "PATEGAN",
     "AdaptiveGaussian",
     "ClassGaussianGenerator",
     "ConvDecoder",
@@ -49,6 +54,8 @@ __all__ = [
     "EnergyTeachers",
     "FashionMNIST",
     "GNMax",
+    "GSWGANCritic",
+    "GSWGANGenerator",
     "Gaussian",
     "LowFrequencyDCT",
     "MLPDiscriminator",

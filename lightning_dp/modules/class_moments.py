@@ -13,7 +13,6 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 
 # Everything a record sends lies on fixed grids, so that sums are exact and no record moves another one's rounding.
-_BASIS_STEPS = 2.0**24
 _COEFFICIENT_STEPS = 2.0**14
 _ROW_STEPS = 2.0**30
 _MAX_RECORDS = 2**22  # so many rows of at most 1 add up to less than 2^53 steps
@@ -114,7 +113,7 @@ class ClassMoments:
         self.dim = generator.basis.dim
         radii = generator.basis.radii.double().repeat(generator.image_shape[0])
         self.scale = (1 + (radii / _CORNER) ** 2) ** emphasis
-        self._basis = (generator.basis.matrix.double() * _BASIS_STEPS).round()
+        self._basis = generator.basis
         self._pairs = torch.triu_indices(self.dim, self.dim)  # row by row, the diagonal included
 
     # What records send -----------------------------------------------------------------------------------------------
@@ -159,8 +158,7 @@ class ClassMoments:
             labels: int64, (n,).
             placement: Public or released.
         """
-        products = images.flatten(2).double() @ self._basis.T.to(images.device)  # whole numbers: exact in any order
-        steps = (products * (_COEFFICIENT_STEPS / (255 * _BASIS_STEPS))).round().flatten(1)
+        steps = self._basis.in_steps(images, _COEFFICIENT_STEPS)
         centres = placement.centres.double().nan_to_num().clamp(-_MAX_CENTRE, _MAX_CENTRE)
         offsets = steps[:, None] - (centres * _COEFFICIENT_STEPS).round()[labels]  # (n, components, D)
         distances = offsets.square().sum(dim=2).masked_fill(~placement.in_use[labels], math.inf)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import ConfigurationError
 
+_STEPS = 2.0**24  # of the rounded basis
+
 
 class PublicBasis(nn.Module, ABC):
     """A fixed linear map from images to the vectors that teachers judge.
@@ -63,6 +65,20 @@ class LowFrequencyDCT(PublicBasis):
         self.radii: Tensor  # (num_coefficients,), the frequencies
         radii = torch.tensor([math.hypot(*pair) for pair in lowest_frequencies(side, num_coefficients)])
         self.register_buffer("radii", radii, persistent=False)
+
+    def in_steps(self, images: Tensor, steps: float) -> Tensor:
+        """Return the vectors of images in whole steps, float64, (B, dim).
+
+        Exact, so that an image's vector is the same to the last bit whatever others are beside it, which a rounded
+        matrix product does not promise: pixels and the rounded basis are whole numbers, and sums stay below 2^53.
+
+        Args:
+            images: uint8, (B, C, H, W), H * W below 2^17.
+            steps: Steps to a unit (pixels in [0, 1]).
+        """
+        rounded = (self.matrix.double() * _STEPS).round().to(images.device)
+        products = images.flatten(2).double() @ rounded.T
+        return (products * (steps / (255 * _STEPS))).round().flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:  # noqa: D102
         return (images.flatten(2) @ self.matrix.to(images).T).flatten(1)

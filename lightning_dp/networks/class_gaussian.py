@@ -3,19 +3,22 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.generator import Generator
 
+_NUM_DISTORTIONS = 6  # an angle, two scales, a shear, two shifts
+
 
 class ClassGaussianGenerator(Generator):
     """Draws cosine coefficients from the Gaussians of a label, and clamps the image to [0, 1].
 
     Each label has `num_components` Gaussians with logits, means and factors; a factor F stands for the covariance
-    F F^T. The last number of a latent picks the component, the others are its standard normal coordinates. Low
-    frequencies alone look soft, so contrast may be raised.
+    F F^T. Of a latent, the first numbers are its standard normal coordinates, the next one picks the component, and the
+    last ones the distortion, if any. Low frequencies alone look soft, so contrast may be raised.
 
     Args:
         image_shape: (C, H, W) with H = W.
@@ -25,6 +28,8 @@ class ClassGaussianGenerator(Generator):
         num_components: Gaussians per label.
         gain: Contrast: a pixel x becomes gain * (x - black), > 0.
         black: Pixel value that becomes 0.
+        distortion: Stds of random affine maps of the images: rotation in degrees, logarithm of the scale along each
+            axis, shear, shift in pixels. Public knowledge of what keeps a label, no release; null draws none.
 
     Raises:
         ConfigurationError: The numbers do not fit each other.
@@ -44,6 +49,7 @@ class ClassGaussianGenerator(Generator):
         num_components: int = 1,
         gain: float = 1.0,
         black: float = 0.0,
+        distortion: tuple[float, float, float, float] | None = None,
     ) -> None:
         super().__init__()
         if num_components < 1:
@@ -53,22 +59,39 @@ class ClassGaussianGenerator(Generator):
         self.image_shape, self.num_classes, self.gain, self.black = image_shape, num_classes, gain, black
         self.num_coefficients, self.window, self.num_components = num_coefficients, window, num_components
         self.basis = LowFrequencyDCT(image_shape, num_coefficients, window)
-        self.latent_dim = self.basis.dim + 1
+        if distortion is not None and (len(distortion) != 4 or not all(0 <= std < math.inf for std in distortion)):
+            raise ConfigurationError(f"Expected four finite stds >= 0 as generator.distortion, got {distortion=}.")
+        self.distortion = distortion
+        self.latent_dim = self.basis.dim + 1 + (0 if distortion is None else _NUM_DISTORTIONS)
         cells, dim = (num_classes, num_components), self.basis.dim
         self.logits = nn.Parameter(torch.zeros(*cells))
         self.means = nn.Parameter(torch.zeros(*cells, dim))
         self.factors = nn.Parameter(torch.zeros(*cells, dim, dim))
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
-        cells = labels * self.num_components + self._component(latent[:, -1], labels)
-        pixels = self.to_images(self._coefficients(latent[:, :-1], cells))
-        return ((pixels - self.black) * self.gain).clamp(0, 1)
+        normal, choice, warp = latent.split([self.basis.dim, 1, self.latent_dim - self.basis.dim - 1], dim=1)
+        cells = labels * self.num_components + self._component(choice[:, 0], labels)
+        pixels = self.to_images(self._coefficients(normal, cells))
+        images = ((pixels - self.black) * self.gain).clamp(0, 1)
+        return images if self.distortion is None else self._distorted(images, warp, self.distortion)
 
     def to_images(self, coefficients: Tensor) -> Tensor:
         """Return the images, (B, C, H, W), that have these coefficients, (B, C * num_coefficients); not clamped."""
         channels, height, width = self.image_shape
         pixels = coefficients.unflatten(1, (channels, self.num_coefficients)) @ self.basis.matrix.to(coefficients)
         return pixels.unflatten(2, (height, width))
+
+    def _distorted(self, images: Tensor, warp: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+        """Return the images under affine maps that standard normal draws, (B, 6), pick."""
+        rotation, scale, shear, shift = stds
+        angle, stretch = warp[:, 0] * math.radians(rotation), (warp[:, 1:3] * scale).exp()
+        cosine, sine = angle.cos(), angle.sin()
+        first = torch.stack([cosine * stretch[:, 0], warp[:, 3] * shear - sine * stretch[:, 1]], dim=1)
+        second = torch.stack([sine * stretch[:, 0], cosine * stretch[:, 1]], dim=1)
+        moves = warp[:, 4:6] * (2 * shift / self.image_shape[2])
+        maps = torch.cat([torch.stack([first, second], dim=1), moves[:, :, None]], dim=2)
+        places = F.affine_grid(maps, list(images.shape), align_corners=False)
+        return F.grid_sample(images, places, align_corners=False)
 
     def _component(self, normal: Tensor, labels: Tensor) -> Tensor:
         """Return the component that the quantile of a standard normal picks, (B,)."""

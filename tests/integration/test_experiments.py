@@ -32,6 +32,7 @@ SMALLER_MODELS = {
     "DPGAN": (*RECORDS, "--model.generator.width", "8", "--model.critic.width", "8"),
     "DPSinkhorn": (*RECORDS, "--model.images_per_step", "5"),
     "MomentsModule": ("--model.generator.num_coefficients", "10"),
+    "DPMERF": ("--model.num_frequencies", "20", "--model.train_steps", "2"),
 }
 
 

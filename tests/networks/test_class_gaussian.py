@@ -18,8 +18,8 @@ def test_coefficients_have_the_moments_of_their_cell():
     with torch.no_grad():
         generator.logits.copy_(torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
         latent, labels = generator.sample_latent(40_000, torch.Generator().manual_seed(0)), torch.ones(40_000).long()
-        component = generator._component(latent[:, -1], labels)
-        found = generator._coefficients(latent[:, :-1], 2 + component)
+        component = generator._component(latent[:, 5], labels)
+        found = generator._coefficients(latent[:, :5], 2 + component)
     assert component.float().mean() == pytest.approx(generator.logits.softmax(1)[1, 1].item(), abs=0.01)
     for k in range(2):
         rows, factor = found[component == k], generator.factors[1, k].detach()
@@ -47,8 +47,21 @@ def test_contrast_is_raised_around_black():
     assert generator.sample(2, seed=0)[0].flatten().tolist() == pytest.approx([0.5] * 128, abs=1e-5)
 
 
+def test_distortions_move_images_and_nothing_else():
+    plain = torch.rand(3, 1, 8, 8)
+    still = tiny(distortion=(0.0, 0.0, 0.0, 0.0))
+    torch.testing.assert_close(still._distorted(plain, torch.randn(3, 6), still.distortion), plain, atol=1e-6, rtol=0)
+    generator = tiny(distortion=(90.0, 0.0, 0.0, 1.0))
+    assert generator.sample_latent(2).shape == (2, 5 + 1 + 6)
+    quarter = torch.tensor([[1.0, 0, 0, 0, 0, 0]])
+    turned = generator._distorted(plain[:1], quarter, generator.distortion)
+    torch.testing.assert_close(turned, plain[:1].rot90(1, (2, 3)), atol=1e-5, rtol=0)
+    shifted = generator._distorted(plain[:1], torch.tensor([[0.0, 0, 0, 0, 1, 0]]), generator.distortion)
+    torch.testing.assert_close(shifted[..., :7], plain[:1, ..., 1:], atol=1e-5, rtol=0)
+
+
 def test_it_survives_its_release(tmp_path):
-    generator = tiny(num_components=3, window=7, gain=1.3, black=0.1)
+    generator = tiny(num_components=3, window=7, gain=1.3, black=0.1, distortion=(5.0, 0.1, 0.1, 0.5))
     torch.nn.init.normal_(generator.factors)
     save_released(tmp_path, generator, {})
     again, _ = load_generator(tmp_path)
