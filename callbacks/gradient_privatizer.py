@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from callbacks.privacy_accountant import PrivacyAccountant
+from lightning_dp.accounting.claim import plan_header
 from lightning_dp.accounting.events import ReleaseEvent, relation_name
 from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
@@ -116,6 +117,7 @@ class GradientPrivatizer(pl.Callback):
             ],
             "conditional_on": [*pl_module.conditional_on, *[_RAW_LOGS] * self.raw_telemetry],
             "plan": pl_module.public_plan(),
+            "planned": plan_header({(self.mechanism.step_event(self._plan), pl_module.sampling): budget.num_releases}),
             "dataset": data.name,
             "num_records": data.num_records,
             "fingerprint": data.fingerprint,

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_dp.accounting.accountants import would_exceed
-from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger
+from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger, spent_epsilon
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
@@ -72,7 +72,8 @@ class PrivacyAccountant(pl.Callback):
         self._ledger = PrivacyLedger.reopen(self.ledger_path)
         for name, value in header.items():
             found = self._ledger.header.get(name)
-            if found != value:
+            # Another plan may be carried out; the first one stays in the ledger, and the claim says what became of it.
+            if found != value and name != "planned":
                 self._ledger.close()
                 if isinstance(found, dict) and isinstance(value, dict):  # name what differs, not all that agrees
                     name = next(key for key in (*value, *found) if value.get(key, ...) != found.get(key, ...))
@@ -85,7 +86,8 @@ class PrivacyAccountant(pl.Callback):
     def speak(self) -> None:
         """Bring `epsilon` up to the newest release; where records are sampled, that can take longer than a step."""
         if self.epsilon_releases != len(self.ledger):
-            self.epsilon, self.epsilon_releases = self.claim().epsilon, len(self.ledger)
+            self.epsilon = spent_epsilon(self.ledger, accountant=self.privacy.accountant)
+            self.epsilon_releases = len(self.ledger)
 
     def claim(self) -> PrivacyClaim:
         """Return what can be said of everything released so far."""

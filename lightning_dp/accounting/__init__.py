@@ -1,6 +1,12 @@
 """Privacy events, the ledger of releases, accountants, calibration and claims: numbers only, no tensors."""
 
-from lightning_dp.accounting.accountants import EpsilonResult, compute_epsilon, paper_epsilon, would_exceed
+from lightning_dp.accounting.accountants import (
+    EpsilonResult,
+    compute_epsilon,
+    gswgan_paper_epsilon,
+    paper_epsilon,
+    would_exceed,
+)
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_releases
 from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim, make_claim
 from lightning_dp.accounting.events import (
@@ -35,6 +41,7 @@ __all__ = [
     "calibrate_noise_multiplier",
     "compute_epsilon",
     "event_from_dict",
+    "gswgan_paper_epsilon",
     "make_claim",
     "max_releases",
     "paper_epsilon",

@@ -10,12 +10,18 @@ from typing import Any, Self
 from dp_accounting import NeighboringRelation
 
 from lightning_dp.accounting.accountants import Accountant, Counts, EpsilonResult, checked_delta, compute_epsilon
-from lightning_dp.accounting.events import NonPrivateRelease, parse_relation, relation_name
+from lightning_dp.accounting.events import (
+    NonPrivateRelease,
+    Sampling,
+    event_from_dict,
+    parse_relation,
+    relation_name,
+)
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, LedgerError
 
 DEFAULT_NOT_COVERED: tuple[str, ...] = (
-    "the choice of hyper-parameters, if it looked at the private records",
+    "the choice of hyper-parameters, and of when to stop, if it looked at the private records",
     "the set of labels and the number of records, which are treated as public",
     "the gap between real-valued noise and the floating-point sampler",
     "time and memory that the run took",
@@ -26,8 +32,12 @@ DEFAULT_NOT_COVERED: tuple[str, ...] = (
 _RELATION_LABELS = {
     "add_or_remove_one": "add-or-remove-one",
     "replace_one": "replace-one",
-    "replace_special": "zero-out",
+    "replace_special": "zero-out (one record becomes empty and contributes nothing; their number stays)",
 }
+_PLAN_CHANGED = (
+    "that the run kept to the plan that was fixed before its first release (it was made longer, or its noise changed, "
+    "perhaps in view of what had been released; plan the longest run, and stop early)"
+)
 _ACCOUNTANT_LABELS = {"gaussian": "exact Gaussian", "pld": "PLD", "rdp": "RDP", "none": "no"}
 
 
@@ -52,11 +62,13 @@ class PrivacyClaim:
         unit: The privacy unit in words.
         accountant: "gaussian", "pld", "rdp" or "none".
         sampler: How records entered the releases, and whether the sampling was executed or assumed.
-        num_releases: Number of charged releases.
+        num_releases: Number of releases made.
         mechanism: Name of the mechanism.
         assumptions: What the claim rests on beyond a proof: components without a bound, steps not checked.
         not_covered: What the epsilon does not speak of.
         warnings: What a reader should weigh (a delta too large, an accountant's fallback).
+        planned_releases: Number of releases fixed before the first; None where no plan is known. Where fewer were made,
+            epsilon is that of the plan.
 
     Raises:
         ConfigurationError: An epsilon with a level other than PROVED, or PROVED without a finite one.
@@ -74,6 +86,7 @@ class PrivacyClaim:
     assumptions: tuple[str, ...] = ()
     not_covered: tuple[str, ...] = DEFAULT_NOT_COVERED
     warnings: tuple[str, ...] = ()
+    planned_releases: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "level", ClaimLevel(self.level))
@@ -98,7 +111,10 @@ class PrivacyClaim:
             releases of TopAgg: PROVED".
         """
         plural = "release" if self.num_releases == 1 else "releases"
-        releases = f"{self.num_releases} {plural} of {self.mechanism}"
+        planned = self.planned_releases
+        is_early = self.level is ClaimLevel.PROVED and planned is not None and 0 < self.num_releases < planned
+        made = f"{self.num_releases} of {planned} planned {plural}" if is_early else f"{self.num_releases} {plural}"
+        releases = f"{made} of {self.mechanism}{', all charged' * is_early}"
         scope = f"per {self.unit}, {_RELATION_LABELS[self.relation]}"
         if self.level is ClaimLevel.PROVED and self.epsilon is not None:
             shown = f"(epsilon={_rounded_up(self.epsilon)}, delta={self.delta!r})-DP {scope}"
@@ -135,6 +151,8 @@ class PrivacyClaim:
             ConfigurationError: Unknown or missing fields, an invalid value, or a statement that is not the claim's own.
         """
         names = {field.name for field in fields(cls)}
+        if isinstance(data, Mapping):
+            data = {"planned_releases": None, **data}  # claims from before plans were kept
         if not isinstance(data, Mapping) or set(data) - {"statement"} != names:
             raise ConfigurationError(f"Expected a claim with exactly the fields {sorted(names)}, got {data!r}.")
         try:
@@ -161,11 +179,17 @@ def make_claim(
     unverified: Sequence[str] = (),
     not_covered: Sequence[str] = DEFAULT_NOT_COVERED,
     extra_warnings: Sequence[str] = (),
+    planned: Counts | None = None,
 ) -> PrivacyClaim:
     """Return what may be claimed of all releases in a ledger.
 
     The level is the worst that applies: NONPRIVATE for a release without noise, UNVERIFIED for Poisson sampling that
     was not executed or anything in `unverified`, CONDITIONAL for anything in `conditional_on`, else PROVED.
+
+    Guarantee: under a plan, epsilon is that of the whole plan, also for a run that stopped before its end. Such a run
+    is post-processing of the whole one, whatever released value made it stop; the smaller epsilon of the releases made
+    would hold only if their number had been fixed. Releases beyond the plan, or of another noise, are UNVERIFIED: an
+    epsilon that follows a choice made in view of releases bounds nothing unless a filter was set before the first.
 
     Args:
         ledger_or_counts: The ledger, or its counts.
@@ -179,6 +203,8 @@ def make_claim(
         unverified: Steps of the proof that were not checked.
         not_covered: What the epsilon does not speak of.
         extra_warnings: Further warnings to carry.
+        planned: Counts that were fixed before the first release; None takes a ledger's own plan, and charges what was
+            released where there is none.
 
     Returns:
         The claim.
@@ -192,16 +218,23 @@ def make_claim(
         _check_agreement(ledger_or_counts, relation, unit)
         num_records = num_records if num_records is not None else ledger_or_counts.header.get("num_records")
         counts = ledger_or_counts.counts()
+        planned = ledger_plan(ledger_or_counts) if planned is None else planned
     else:
         counts = ledger_or_counts
     counts = {key: count for key, count in counts.items() if count != 0}
-    assumed = [*unverified, *(_sampler(counts, executed=False))]
+    assumed = [*unverified, *(_sampler(counts, executed=False)), *([] if _keeps(counts, planned) else [_PLAN_CHANGED])]
     level = _level(counts, assumed, conditional_on)
     warnings = list(extra_warnings)
     result: EpsilonResult | None = None
     if level is ClaimLevel.PROVED:
-        result = compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant)
+        charged = planned if planned is not None and counts else counts
+        result = compute_epsilon(charged, delta=delta, relation=relation, accountant=accountant)
         warnings += result.notes
+        if sum(charged.values()) > sum(counts.values()):
+            warnings.append(
+                "the run stopped before its plan was over: epsilon is that of the plan, which holds whatever released "
+                "value the stop looked at"
+            )
     if num_records is not None and delta > 1 / num_records:
         warnings.append(
             f"delta={delta!r} is above 1 / num_records for num_records={num_records}: "
@@ -220,14 +253,56 @@ def make_claim(
         assumptions=(*assumed, *conditional_on),
         not_covered=tuple(not_covered),
         warnings=tuple(dict.fromkeys(warnings)),
+        planned_releases=None if planned is None else sum(planned.values()),
     )
+
+
+def plan_header(planned: Counts) -> list[dict[str, Any]]:
+    """Return a plan as the JSON-able list that a ledger's header holds under "planned".
+
+    Args:
+        planned: How often each (event, sampling) will be released at most.
+    """
+    return [
+        {"event": event.to_dict(), "sampling": sampling.to_dict(), "count": count}
+        for (event, sampling), count in planned.items()
+    ]
+
+
+def ledger_plan(ledger: PrivacyLedger) -> Counts | None:
+    """Return the plan in a ledger's header; None where there is none.
+
+    Raises:
+        LedgerError: What the header holds is no plan.
+    """
+    written = ledger.header.get("planned")
+    if written is None:
+        return None
+    try:
+        return {
+            (event_from_dict(part["event"]), Sampling.from_dict(part["sampling"])): int(part["count"])
+            for part in written
+        }
+    except (ConfigurationError, KeyError, TypeError, ValueError) as error:
+        raise LedgerError(f"Expected a plan in the ledger's header, got planned={written!r} ({error}).") from None
+
+
+def claimed_counts(ledger: PrivacyLedger) -> Counts:
+    """Return what a claim charges: the plan while the ledger keeps to it, else what was released."""
+    plan, counts = ledger_plan(ledger), ledger.counts()
+    return plan if plan is not None and counts and _keeps(counts, plan) else counts
+
+
+def _keeps(counts: Counts, planned: Counts | None) -> bool:
+    """Tell whether the releases are among those planned."""
+    return planned is None or all(count <= planned.get(key, 0) for key, count in counts.items())
 
 
 def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> PrivacyClaim:
     """Return the claim of a run from its ledger alone; a run's own claim is made by the same call.
 
-    The header holds, besides relation, unit and number of records: mechanism, target_delta, accountant, and the lists
-    conditional_on, unverified and warnings.
+    The header holds, besides relation, unit and number of records: mechanism, target_delta, accountant, the lists
+    conditional_on, unverified and warnings, and the plan that was fixed before the first release.
 
     Args:
         ledger: The ledger of a run.
@@ -264,8 +339,26 @@ def ledger_level(ledger: PrivacyLedger) -> ClaimLevel:
         ledger: The ledger of a run, whose header says what its claim rests on.
     """
     header, counts = ledger.header, ledger.counts()
-    assumed = [*header.get("unverified", ()), *_sampler(counts, executed=False)]
+    assumed = [*header.get("unverified", ()), *_sampler(counts, executed=False), *plan_changes(ledger)]
     return _level(counts, assumed, header.get("conditional_on", ()))
+
+
+def plan_changes(ledger: PrivacyLedger) -> tuple[str, ...]:
+    """Return, in words, that a run left the plan of its ledger; nothing if it keeps to it."""
+    return () if _keeps(ledger.counts(), ledger_plan(ledger)) else (_PLAN_CHANGED,)
+
+
+def spent_epsilon(ledger: PrivacyLedger, *, accountant: Accountant = "auto") -> float | None:
+    """Return what the releases so far cost: the claim of a run that was planned to end here. None unless PROVED.
+
+    Args:
+        ledger: The ledger of a run.
+        accountant: As in `compute_epsilon`.
+    """
+    if ledger_level(ledger) is not ClaimLevel.PROVED:
+        return None
+    delta = float(ledger.header["target_delta"])
+    return compute_epsilon(ledger.counts(), delta=delta, relation=ledger.relation, accountant=accountant).epsilon
 
 
 def _check_agreement(ledger: PrivacyLedger, relation: NeighboringRelation, unit: str) -> None:

@@ -34,6 +34,7 @@ _SAME_CLAIM: dict[str, Any] = {
     "unverified": [],
     "warnings": [],
     "plan": None,
+    "planned": None,
 }
 """Header fields on which a claim rests, and what a missing one says: releases keep them wherever they are carried."""
 

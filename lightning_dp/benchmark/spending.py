@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.run_folder import LEDGER_FILE
-from lightning_dp.accounting.claim import DEFAULT_NOT_COVERED, ClaimLevel, PrivacyClaim, ledger_level, make_claim
+from lightning_dp.accounting.claim import (
+    DEFAULT_NOT_COVERED,
+    ClaimLevel,
+    PrivacyClaim,
+    claimed_counts,
+    ledger_level,
+    make_claim,
+    plan_changes,
+)
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.benchmark.runner import RUNS_FOLDER
 from lightning_dp.errors import LedgerError
@@ -104,7 +112,7 @@ def _spending(dataset: str, ledgers: list[PrivacyLedger], delta: float) -> Spend
 def _claim(ledgers: Sequence[PrivacyLedger], delta: float) -> PrivacyClaim:
     counts: Counter[Any] = Counter()
     for ledger in ledgers:
-        counts.update(ledger.counts())
+        counts.update(claimed_counts(ledger))
     sizes = [ledger.header["num_records"] for ledger in ledgers if "num_records" in ledger.header]
     units = _each(ledger.unit for ledger in ledgers)
     return make_claim(
@@ -116,7 +124,9 @@ def _claim(ledgers: Sequence[PrivacyLedger], delta: float) -> PrivacyClaim:
         mechanism=", ".join(_each(str(ledger.header.get("mechanism", "unknown")) for ledger in ledgers)),
         num_records=max(sizes, default=None),
         conditional_on=_each(text for ledger in ledgers for text in ledger.header.get("conditional_on", ())),
-        unverified=_each(text for ledger in ledgers for text in ledger.header.get("unverified", ())),
+        unverified=_each(
+            text for ledger in ledgers for text in (*ledger.header.get("unverified", ()), *plan_changes(ledger))
+        ),
         not_covered=_NOT_COVERED,
     )
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
@@ -190,3 +191,84 @@ def test_an_epsilon_needs_a_proof():
     for level in ("CONDITIONAL", "UNVERIFIED", "NONPRIVATE"):
         with pytest.raises(ConfigurationError, match="none with any other"):
             PrivacyClaim(**(facts | {"level": level}))
+
+
+class TestPlans:
+    """What is proved of a run whose length was not kept: the plan, and nothing beyond it."""
+
+    plan = MappingProxyType({(STEP, FULL): 86})
+
+    def test_a_stop_before_the_end_states_the_plan(self):
+        claim = claim_of({(STEP, FULL): 40}, planned=self.plan)
+        assert claim.epsilon == claim_of().epsilon > claim_of({(STEP, FULL): 40}).epsilon
+        assert (claim.num_releases, claim.planned_releases) == (40, 86)
+        assert "40 of 86 planned releases of TopAgg, all charged: PROVED" in claim.statement()
+        assert any("stopped before its plan" in warning for warning in claim.warnings)
+        assert PrivacyClaim.from_dict(claim.to_dict()) == claim
+
+    def test_why_the_smaller_epsilon_would_be_wrong(self):
+        """The broken twin: a run that stops at the first release that gives the record away.
+
+        Sixty releases of y_t = x + noise, x in {0, 1}; the rule, of released values only, is to stop when the sum is
+        large. The privacy loss at the stop exceeds the epsilon of the releases made more often than delta.
+        """
+        import numpy as np
+
+        steps, std, delta = 60, 4.0, 1e-2
+        draws = np.random.default_rng(0).normal(1.0, std, size=(40_000, steps))
+        loss = np.cumsum((2 * draws - 1) / (2 * std**2), axis=1)  # log p(y | 1) / p(y | 0)
+        release = (GaussianRelease(noise_std=std, l2_sensitivity=1.0), FULL)
+        spent = np.array(
+            [compute_epsilon({release: n}, delta=delta, relation="replace_one").epsilon for n in range(1, steps + 1)]
+        )
+        beyond = loss > spent
+        stop = np.where(beyond.any(axis=1), beyond.argmax(axis=1), steps - 1)
+        excess = 1 - np.exp(np.minimum(spent[stop] - loss[np.arange(len(loss)), stop], 0))
+        at_plan = 1 - np.exp(np.minimum(spent[-1] - loss[np.arange(len(loss)), stop], 0))
+        assert excess.mean() > 1.5 * delta  # sum of p (1 - e^(epsilon - loss))_+: what delta should have covered
+        assert at_plan.mean() < delta
+
+    @pytest.mark.parametrize(
+        "counts",
+        [
+            {(STEP, FULL): 87},
+            {(STEP, FULL): 40, (GaussianRelease(noise_std=9000.0, l2_sensitivity=STEP.l2_sensitivity), FULL): 1},
+        ],
+        ids=["longer", "other noise"],
+    )
+    def test_a_plan_that_was_not_kept_states_nothing(self, counts):
+        claim = claim_of(counts, planned=self.plan)
+        assert (claim.level, claim.epsilon) == (ClaimLevel.UNVERIFIED, None)
+        assert "kept to the plan" in claim.statement()
+
+    def test_a_whole_plan_is_claimed_as_before(self):
+        claim = claim_of(planned=self.plan)
+        assert (claim.epsilon, claim.warnings) == (claim_of().epsilon, ())
+        assert claim.statement() == claim_of().statement()
+        assert claim_of({}, planned=self.plan).epsilon == 0
+
+    def test_a_ledger_carries_its_plan(self):
+        from lightning_dp.accounting.claim import claimed_counts, ledger_level, plan_header, spent_epsilon
+
+        facts = {"relation": "replace_one", "unit": "record", "target_delta": 1e-5}
+        ledger = PrivacyLedger({**facts, "planned": plan_header({(STEP, FULL): 3})}, None)
+        ledger.append(STEP, FULL)
+        assert claim_of(ledger, num_records=None).epsilon == claim_of({(STEP, FULL): 3}).epsilon
+        assert claimed_counts(ledger) == {(STEP, FULL): 3}
+        assert spent_epsilon(ledger) == claim_of({(STEP, FULL): 1}).epsilon
+        for _ in range(3):
+            ledger.append(STEP, FULL)
+        assert ledger_level(ledger) is ClaimLevel.UNVERIFIED
+        assert spent_epsilon(ledger) is None
+        assert claimed_counts(ledger) == {(STEP, FULL): 4}
+
+
+def test_relations_say_what_they_compare():
+    assert "one record becomes empty and contributes nothing" in claim_of(relation="replace_special").statement()
+    assert claim_of(relation="replace_special").relation == "replace_special"
+
+
+def test_claims_from_before_plans_are_read():
+    data = claim_of().to_dict()
+    del data["planned_releases"]
+    assert PrivacyClaim.from_dict(data) == claim_of()

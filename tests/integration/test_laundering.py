@@ -25,14 +25,23 @@ class TestAnotherRunFolder:
         assert name in outcome.err
         assert len(outcome.err.splitlines()) == 1
         assert not (new / "claim.json").exists()
-        # Under the old conditions it may go on, and still says so.
-        assert (
-            fit(*LONG, "--run_dir", tmp_path / "on", "--ckpt_path", old / "private" / "last.ckpt", flag, value).code
-            == 0
-        )
-        claim = read_json(tmp_path / "on" / "claim.json")
+        # Under the old conditions it may go on, and still says so; beyond its plan in its own folder only.
+        assert fit(*LONG, "--run_dir", old, "--ckpt_path", "last", flag, value).code == 0
+        claim = read_json(old / "claim.json")
         assert claim["num_releases"] == 4
         assert claim["assumptions" if name == "unverified" else name]
+
+    def test_a_longer_plan_does_not_take_in_a_shorter_run(self, fit, tmp_path):
+        """It would read as if the longer plan had been fixed before the first release."""
+        old, noise = tmp_path / "old", ("--privacy.noise_multiplier", "20", "--privacy.target_epsilon", "null")
+        assert fit(*SHORT, *noise, "--run_dir", old).code == 0
+        longer = ("--trainer.max_steps", "4", "--evaluate", "false", *noise)
+        outcome = fit(*longer, "--run_dir", tmp_path / "new", "--ckpt_path", old / "private" / "last.ckpt")
+        assert outcome.code == 2
+        assert "planned=" in outcome.err
+        assert fit(*longer, "--run_dir", old, "--ckpt_path", "last").code == 0
+        claim = read_json(old / "claim.json")
+        assert (claim["level"], claim["num_releases"], claim["planned_releases"]) == ("UNVERIFIED", 4, 2)
 
     def test_another_partition_is_refused_wherever_the_run_goes_on(self, fit, tmp_path):
         """One record would sit in two trained teachers."""
