@@ -5,11 +5,36 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
 from callbacks.privacy_accountant import PrivacyAccountant
 from lightning_dp.errors import ConfigurationError
+
+
+class StreamedCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file, and maps it into memory when it is read.
+
+    Lightning's own copies all of it in memory first, which an ensemble that lives on a disk does not fit.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @override
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # Nothing but tensors and plain values, whatever was asked: a file may not run code.
+        stored: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+        return stored
 
 
 class PrivateCheckpoint(Checkpoint):
@@ -31,6 +56,10 @@ class PrivateCheckpoint(Checkpoint):
         self.accountant = accountant
         self.every_n_releases = every_n_releases
         self._saved_step = -1
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = StreamedCheckpointIO()
 
     @override
     def on_train_batch_end(

@@ -1,0 +1,49 @@
+import io
+import pickle
+
+import pytest
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+
+from callbacks.private_checkpoint import StreamedCheckpointIO
+
+
+class Code:
+    """Would run on unpickling."""
+
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    """Sizes of what was built up in memory before it reached a file."""
+    seen = []
+
+    class Spy(io.BytesIO):
+        def getvalue(self):
+            seen.append(self.getbuffer().nbytes)
+            return super().getvalue()
+
+    monkeypatch.setattr(io, "BytesIO", Spy)
+    return seen
+
+
+def test_a_checkpoint_goes_straight_to_its_file_and_comes_back_mapped(tmp_path, buffers):
+    state = {"teachers": torch.arange(250_000.0), "round": 3}
+    StreamedCheckpointIO().save_checkpoint(state, tmp_path / "a.ckpt")
+    assert sum(buffers) < 10_000  # pickled names, no tensor
+    found = StreamedCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(found["teachers"], state["teachers"])
+    assert found["round"] == 3
+    found["teachers"].zero_()  # a private mapping: the file keeps what was saved
+    again = StreamedCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(again["teachers"], state["teachers"])
+    TorchCheckpointIO().save_checkpoint(state, tmp_path / "b.ckpt")  # the broken twin
+    assert max(buffers) > 1_000_000
+
+
+def test_a_checkpoint_runs_no_code_whatever_is_asked(tmp_path):
+    torch.save({"a": Code()}, tmp_path / "a.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        StreamedCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
