@@ -22,6 +22,7 @@ _MAX_CENTRE = 100.0  # noise can throw a centre far away; squared distances stay
 _ROW_MARGIN = 2e-6
 # The least inner product that the weights must leave between rows of one cell; rounding moves it by less.
 _INNER_MARGIN = 1e-4
+_PROJECTED = 4096  # records projected at a time
 _CORNER = 4.0  # frequency from which amplitudes of natural images fall
 
 
@@ -129,7 +130,7 @@ class ClassMoments:
         return self.num_classes * self.num_components, 1 + self.dim + self._pairs.shape[1]
 
     def rows(self, images: Tensor, labels: Tensor, placement: Placement) -> Iterator[RowChunk]:
-        """Yield the rows of records, grouped by cell within each chunk.
+        """Yield the rows of records, cell by cell.
 
         Args:
             images: uint8, (N, C, H, W). Private.
@@ -141,14 +142,13 @@ class ClassMoments:
         """
         if len(images) > _MAX_RECORDS:
             raise ConfigurationError(f"Expected at most {_MAX_RECORDS} records for exact sums, got {len(images)}.")
-        records = torch.arange(len(images), device=images.device)
-        parts = zip(*(t.split(self.chunk_size) for t in (records, images, labels)), strict=True)
-        for ids, some, classes in parts:
-            cells, directions = self.directions(some, classes, placement)
-            rows = self.encoded(directions)
-            for cell in cells.unique().tolist():
-                mine = cells == cell
-                yield RowChunk(teacher_ids=ids[mine], values=rows[mine, None], queries=slice(cell, cell + 1))
+        parts = zip(images.split(_PROJECTED), labels.split(_PROJECTED), strict=True)
+        found = [self.directions(some, classes, placement) for some, classes in parts]
+        cells, directions = torch.cat([c for c, _ in found]), torch.cat([u for _, u in found])
+        for cell in cells.unique().tolist():
+            for ids in (cells == cell).nonzero()[:, 0].split(self.chunk_size):
+                rows = self.encoded(directions[ids])
+                yield RowChunk(teacher_ids=ids, values=rows[:, None], queries=slice(cell, cell + 1))
 
     def directions(self, images: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
         """Return cell, (n,), and u, float64, (n, D), of each record; each by itself, whatever the others are.
@@ -176,7 +176,9 @@ class ClassMoments:
         rows = torch.empty(len(directions), self.release_shape[1], dtype=torch.float64, device=directions.device)
         rows[:, 0] = self.weights[0]
         rows[:, 1 : 1 + self.dim] = self.weights[1] * directions
-        rows[:, 1 + self.dim :] = directions[:, first] * directions[:, second] * scale
+        pairs = rows[:, 1 + self.dim :]
+        torch.mul(directions.index_select(1, first), directions.index_select(1, second), out=pairs)
+        pairs.mul_(scale)
         return rows.mul_(_ROW_STEPS).trunc_().div_(_ROW_STEPS)
 
     # What their sums tell --------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class MomentsModule(OneShotModule):
         keep_diagonal: bool = True,
         emphasis: float = 0.0,
         block_weights: tuple[float, float, float] = (0.15, 0.35, 0.92),
-        chunk_size: int = 512,
+        chunk_size: int = 64,
         public_seed: int = 0,
     ) -> None:
         super().__init__(generator, public_seed=public_seed)

@@ -60,7 +60,7 @@ class MomentsRounds(nn.Module):
         keep_diagonal: bool = True,
         emphasis: float = 0.0,
         block_weights: tuple[float, float, float] = (0.15, 0.35, 0.92),
-        chunk_size: int = 512,
+        chunk_size: int = 64,
         public_seed: int = 0,
     ) -> None:
         super().__init__()
