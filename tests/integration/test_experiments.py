@@ -26,6 +26,7 @@ SMALLER_TEACHERS = {
 RECORDS = ("--model.expected_batch_size", "5", "--privacy.target_epsilon", "0.3")
 SMALLER_MODELS = {
     "TeacherEnsembleGAN": ("--model.images_per_step", "10"),
+    "PATEGAN": ("--model.images_per_step", "10"),
     "DPSGDClassifier": RECORDS,
     "DPVAE": RECORDS,
     "DP2VAE": RECORDS,
@@ -41,7 +42,16 @@ def smaller(config: dict) -> tuple[str, ...]:
     model = config["model"]
     flags = SMALLER_MODELS[model["class_path"].rpartition(".")[2]]
     teachers = model["init_args"].get("teachers")
-    return flags if teachers is None else (*flags, *SMALLER_TEACHERS[teachers["class_path"].rpartition(".")[2]])
+    if teachers is None:
+        return flags
+    flags = (*flags, *SMALLER_TEACHERS[teachers["class_path"].rpartition(".")[2]])
+    if model["init_args"]["generator"]["class_path"] == "GSWGANGenerator":
+        flags = (*flags, "--model.generator.width", "8")
+    if "teachers_per_round" in teachers.get("init_args", {}):
+        flags = (*flags, "--model.teachers.teachers_per_round", "2")
+    if "expected_judges" in model["init_args"]:
+        flags = (*flags, "--model.expected_judges", "2", "--privacy.target_epsilon", "0.3")
+    return flags
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

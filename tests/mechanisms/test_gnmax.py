@@ -315,3 +315,13 @@ def test_records_are_refused_in_words():
 def test_bad_options_are_refused(options, words):
     with pytest.raises(ConfigurationError, match=words):
         GNMax(**options)
+
+
+def test_unanswered_coordinates_are_not_refunded():
+    """The price takes no count and no threshold: whether a coordinate is answered changes nothing."""
+    events = set()
+    for threshold in (0.0, 0.5, 1.0):
+        mechanism = GNMax(threshold=threshold)
+        plan = ReleasePlan(spec=teachers(), relation=NeighboringRelation.REPLACE_ONE, noise_multiplier=3.0)
+        events.add(mechanism.step_event(plan))
+    assert len(events) == 1
