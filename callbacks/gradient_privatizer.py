@@ -12,13 +12,15 @@ from typing_extensions import override
 
 from callbacks.privacy_accountant import PrivacyAccountant
 from lightning_dp.accounting.claim import plan_header
-from lightning_dp.accounting.events import ReleaseEvent, relation_name
+from lightning_dp.accounting.composition import Counts
+from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
 from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.modules.base import PrivateModule, PublicFacts
 from lightning_dp.modules.release import ReleaseSession
+from lightning_dp.modules.warm_start import WarmPlan, WarmStart
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class GradientPrivatizer(pl.Callback):
         mechanism: How rows become one release.
         accountant: The callback that keeps the ledger.
         public_seed: Seed of public randomness (rotations, projections); not of the noise.
+        warm_start: What is released first, for the method to learn from samples of it; None begins from nothing.
         raw_telemetry: Log numbers computed from private rows without noise, under raw/. No bound covers the logs, so
             the claim is CONDITIONAL on their staying private, and W&B online is refused.
     """
@@ -43,12 +46,15 @@ class GradientPrivatizer(pl.Callback):
         mechanism: Mechanism,
         accountant: PrivacyAccountant,
         public_seed: int = 0,
+        warm_start: WarmStart | None = None,
         raw_telemetry: bool = False,
     ) -> None:
         self.mechanism = mechanism
         self.accountant = accountant
         self.public_seed = public_seed
+        self.warm_start = warm_start
         self.raw_telemetry = raw_telemetry
+        self._warm: WarmPlan | None = None
         self.plan: ReleasePlan | None = None
         self._session: ReleaseSession | None = None
 
@@ -78,7 +84,17 @@ class GradientPrivatizer(pl.Callback):
         spec.alternatives(settings.relation)
         if not self.mechanism.is_private and settings.target_epsilon is None and settings.noise_multiplier is None:
             settings = replace(settings, noise_multiplier=1.0)  # nothing reads it: max_steps alone is the length
-        budget = resolve_budget(settings, make_event=make_event, sampling=module.sampling, max_steps=max_steps)
+        before = self._plan_warm_start(module, data)
+        budget = resolve_budget(
+            settings,
+            make_event=make_event,
+            sampling=module.sampling,
+            max_steps=max_steps,
+            before=before if self.mechanism.is_private else None,
+        )
+        if not self.mechanism.is_private:  # as long as the private run; nothing prices what comes first
+            num_before = sum(before.values())
+            budget = replace(budget, num_releases=budget.num_releases + num_before, num_before=num_before)
         if self.mechanism.is_private and not math.isfinite(budget.epsilon):
             raise ConfigurationError(
                 f"privacy.noise_multiplier={budget.noise_multiplier:g} is so small that no finite epsilon holds. "
@@ -86,6 +102,15 @@ class GradientPrivatizer(pl.Callback):
             )
         self.plan = ReleasePlan(spec=spec, relation=settings.relation, noise_multiplier=budget.noise_multiplier)
         return budget
+
+    def _plan_warm_start(self, module: PrivateModule, data: PublicFacts) -> Counts:
+        """Return what the warm start will release."""
+        if self.warm_start is None:
+            return {}
+        if not module.can_warm_start:
+            raise ConfigurationError(f"{type(module).__name__} has no warm start; leave --warm_start out.")
+        self._warm = self.warm_start.plan_release(data, self.accountant.privacy, is_private=self.mechanism.is_private)
+        return {(self._warm.event, self._warm.sampling): 1}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -102,13 +127,13 @@ class GradientPrivatizer(pl.Callback):
             raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")
         budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
         pl_module.logs_raw = self.raw_telemetry
-        pl_module.planned_releases = budget.num_releases
+        pl_module.planned_releases = budget.num_own
         pl_module.insecure_seed = self.accountant.privacy.insecure_seed
         settings = self.accountant.privacy
         header = {
             "relation": relation_name(settings.relation),
             "unit": self._plan.spec.unit,
-            "mechanism": type(self.mechanism).__name__,
+            "mechanism": self._mechanism_name,
             "target_delta": settings.target_delta,
             "accountant": settings.accountant,
             "unverified": [
@@ -117,13 +142,14 @@ class GradientPrivatizer(pl.Callback):
             ],
             "conditional_on": [*pl_module.conditional_on, *[_RAW_LOGS] * self.raw_telemetry],
             "plan": pl_module.public_plan(),
-            "planned": plan_header({(self.mechanism.step_event(self._plan), pl_module.sampling): budget.num_releases}),
+            "planned": plan_header(self._planned(pl_module, budget)),
             "dataset": data.name,
             "num_records": data.num_records,
             "fingerprint": data.fingerprint,
         }
-        self.accountant.open(budget, header)
-        plan = f"Privacy: {budget.num_releases} releases of {type(self.mechanism).__name__}"
+        own = (self.mechanism.step_event(self._plan), pl_module.sampling)
+        self.accountant.open(budget, header, next_release=own)
+        plan = f"Privacy: {budget.num_releases} releases of {self._mechanism_name}"
         if not self.mechanism.is_private:
             _logger.info(f"{plan}, which bounds nothing: the run is not private.")
             return
@@ -142,16 +168,24 @@ class GradientPrivatizer(pl.Callback):
             raise PrivacyProtocolError("GradientPrivatizer was moved to another module after setup.")
         noise = NoiseSource(insecure_seed=self.accountant.privacy.insecure_seed)
         noise.adopt_secret(trainer.strategy.broadcast(noise.export_secret(), src=0))
-        session = ReleaseSession(
-            mechanism=self.mechanism,
-            plan=self._plan,
-            ledger=self.accountant.ledger,
-            sampling=pl_module.sampling,
-            noise=noise,
-            public_seed=self.public_seed,
-            may_release=self.accountant.check_release,
-            log_raw=pl_module.log if self.raw_telemetry else None,
-        )
+
+        def open_session(mechanism: Mechanism, plan: ReleasePlan, sampling: Sampling) -> ReleaseSession:
+            return ReleaseSession(
+                mechanism=mechanism,
+                plan=plan,
+                ledger=self.accountant.ledger,
+                sampling=sampling,
+                noise=noise,
+                public_seed=self.public_seed,
+                may_release=self.accountant.check_release,
+                log_raw=pl_module.log if self.raw_telemetry else None,
+            )
+
+        # Once: after a crash its release stays charged, and what it taught is in the checkpoint or lost.
+        if self.warm_start is not None and self._warm is not None and not len(self.accountant.ledger):
+            self.warm_start.warm_up(pl_module, self._warm, open_session, seed=self.public_seed)
+            _logger.info("Warm start made: 1 release, and samples of it to learn from.")
+        session = open_session(self.mechanism, self._plan, pl_module.sampling)
         self._session = session
         pl_module.attach(session, trainer.optimizers)
 
@@ -174,6 +208,20 @@ class GradientPrivatizer(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._open_session.end_step()
+
+    @property
+    def _mechanism_name(self) -> str:
+        own = type(self.mechanism).__name__
+        return own if self._warm is None else f"{type(self._warm.mechanism).__name__} (warm start) and {own}"
+
+    def _planned(self, module: PrivateModule, budget: PrivacyBudget) -> Counts:
+        """Return how often each event will be released."""
+        planned: dict[tuple[ReleaseEvent, Sampling], int] = {}
+        if self._warm is not None:
+            planned[self._warm.event, self._warm.sampling] = 1
+        own = (self.mechanism.step_event(self._plan), module.sampling)
+        planned[own] = planned.get(own, 0) + budget.num_own
+        return planned
 
     @property
     def _open_session(self) -> ReleaseSession:

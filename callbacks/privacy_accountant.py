@@ -43,6 +43,7 @@ class PrivacyAccountant(pl.Callback):
         self.epsilon_releases = 0
         self._ledger: PrivacyLedger | None = None
         self._num_restored = 0
+        self._next: tuple[ReleaseEvent, Sampling] | None = None
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -55,17 +56,24 @@ class PrivacyAccountant(pl.Callback):
             raise PrivacyProtocolError("The ledger is opened by GradientPrivatizer at setup; add that callback too.")
         return self._ledger
 
-    def open(self, budget: PrivacyBudget, header: dict[str, Any]) -> None:
+    def open(
+        self,
+        budget: PrivacyBudget,
+        header: dict[str, Any],
+        *,
+        next_release: tuple[ReleaseEvent, Sampling] | None = None,
+    ) -> None:
         """Open the ledger, new or existing, under a budget that was decided beforehand.
 
         Args:
             budget: Noise, length and epsilon of the run.
             header: Public facts of the run, from which the claim is made.
+            next_release: What each release of the method will be; None takes the last one made.
 
         Raises:
             ConfigurationError: The existing ledger is of another run.
         """
-        self.budget = budget
+        self.budget, self._next = budget, next_release
         if self.ledger_path is None or not self.ledger_path.exists():
             self._ledger = PrivacyLedger({**header, "run_id": secrets.token_hex(8)}, self.ledger_path)
             return
@@ -162,8 +170,8 @@ class PrivacyAccountant(pl.Callback):
         return done >= planned or done % max(1, planned // _SAMPLED_EPSILON_POINTS) == 0
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
-        last = next(reversed(self.ledger.counts()), None) if len(self.ledger) else None
-        if last is not None and self._is_beyond_budget(*last):
+        coming = self._next or next(reversed(self.ledger.counts()), None)
+        if len(self.ledger) and coming is not None and self._is_beyond_budget(*coming):
             done = len(self.ledger)
             reason = "as planned" if done >= self._budget.num_releases else "one more would cross the budget"
             _logger.info(f"{done} releases made, {reason}.")

@@ -24,12 +24,13 @@ def fit(arguments: list[str]) -> int:
     from rich.console import Console
 
     from lightning_dp.cli import plugins  # noqa: F401  (names for flags)
-    from lightning_dp.cli.fit import ROOTS, FitCLI
+    from lightning_dp.cli.fit import ROOTS, FitCLI, spelt_out
     from lightning_dp.evaluation.report import metrics_table
 
     # Lightning sets its level when it is imported; its greetings would bury our lines.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    arguments = spelt_out(arguments)
     check_class_names(arguments, ROOTS)
     check_config_files(arguments)
     cli = FitCLI(arguments)

@@ -30,11 +30,17 @@ from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.evaluation.report import RunCard
 from lightning_dp.mechanisms.base import Mechanism
 from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.warm_start import NAMES, WarmStart
 from lightning_dp.networks.generator import Generator
 
 CONFIG_FILE = "config.yaml"
 
-ROOTS: dict[str, type] = {"mechanism": Mechanism, "model": PrivateModule, "data": ImageDataModule}
+ROOTS: dict[str, type] = {
+    "mechanism": Mechanism,
+    "model": PrivateModule,
+    "data": ImageDataModule,
+    "warm_start": WarmStart,
+}
 """Flags that name a class, and what it must be."""
 
 _TRAINER_DEFAULTS = {
@@ -80,6 +86,9 @@ class FitCLI(LightningCLI):
         """Add the flags that every run has besides model, data and trainer."""
         parser.add_subclass_arguments(Mechanism, "mechanism", required=True, help="How private rows become a release.")
         parser.add_class_arguments(PrivacySettings, "privacy")
+        parser.add_subclass_arguments(
+            WarmStart, "warm_start", required=False, help="What is released first, to learn from samples of it."
+        )
         parser.add_class_arguments(EvaluationProtocol, "evaluation")
         parser.add_argument(
             "--telemetry.raw",
@@ -160,6 +169,7 @@ class FitCLI(LightningCLI):
             mechanism=options.mechanism,
             accountant=PrivacyAccountant(privacy=options.privacy),
             public_seed=self.seed,
+            warm_start=options.get("warm_start"),
             raw_telemetry=options.telemetry.raw,
         )
         max_steps = options.trainer.max_steps
@@ -225,6 +235,17 @@ class FitCLI(LightningCLI):
                 "--ckpt_path last."
             )
         return self.run_folder.card
+
+
+def spelt_out(arguments: list[str]) -> list[str]:
+    """Return arguments with the short name of a warm start replaced by the name of its class."""
+
+    def one(argument: str, before: str) -> str:
+        flag, equals, value = argument.rpartition("=")
+        is_short = (flag or before) == "--warm_start" and value in NAMES
+        return f"{flag}{equals}{NAMES[value].__name__}" if is_short else argument
+
+    return [one(argument, before) for argument, before in zip(arguments, ["", *arguments], strict=False)]
 
 
 def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[Path, Path | None]:

@@ -17,7 +17,7 @@ from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResul
 from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.guard import ReleaseGuard
-from lightning_dp.modules.release import PublicRows, Released, ReleaseSession
+from lightning_dp.modules.release import PublicRows, PublicSamples, Released, ReleaseSession
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.releasable import ReleasableNetwork
 
@@ -163,6 +163,42 @@ class PrivateModule(pl.LightningModule, ABC):
     def unverified(self) -> tuple[str, ...]:
         """Steps of the proof that this run does not keep, in words; any makes the claim UNVERIFIED."""
         return ()
+
+    def learn_from_samples(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
+        """Learn from samples of an earlier release, before the first of its own; what a warm start asks.
+
+        Args:
+            samples: Public or released.
+            steps: How long.
+            learning_rate: How fast.
+            seed: Public seed.
+
+        Raises:
+            ConfigurationError: The method has no way to.
+        """
+        raise ConfigurationError(f"{type(self).__name__} has no warm start; leave --warm_start out.")
+
+    @property
+    def can_warm_start(self) -> bool:
+        """Whether the method can learn from samples of an earlier release."""
+        return type(self).learn_from_samples is not PrivateModule.learn_from_samples
+
+    def take_warm_start(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
+        """Learn from samples of a release that the ledger of this run holds; called once, before `attach`.
+
+        Args:
+            samples: See `learn_from_samples`, as all that follow.
+            steps: How long.
+            learning_rate: How fast.
+            seed: Public seed.
+
+        Raises:
+            PrivacyProtocolError: The module has been attached: the guard watches its networks.
+        """
+        if self._session is not None:
+            raise PrivacyProtocolError("A warm start comes before the first release of the method.")
+        self._absorbed_releases += 1
+        self.learn_from_samples(samples, steps=steps, learning_rate=learning_rate, seed=seed)
 
     # The door --------------------------------------------------------------------------------------------------------
 

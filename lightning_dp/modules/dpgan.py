@@ -16,8 +16,9 @@ from lightning_dp.gradients.source import GradientMode
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
+from lightning_dp.modules.imitation import batches, descend, imitate
 from lightning_dp.modules.records import RecordModule, check_betas, check_positive
-from lightning_dp.modules.release import PublicRows
+from lightning_dp.modules.release import PublicRows, PublicSamples
 from lightning_dp.networks.discriminator import Discriminator
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.vae import one_hot
@@ -132,6 +133,23 @@ class DPGAN(RecordModule):
             torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas),
             torch.optim.Adam(groups, lr=self.generator_learning_rate, betas=self.betas),
         ]
+
+    @override
+    def learn_from_samples(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
+        """Let the generator imitate the samples, then the critic tell its fakes from them."""
+        imitate(self.generator, samples, steps=steps, learning_rate=learning_rate, seed=seed)
+        self.start_average()
+        draw, stream = batches(samples, seed=seed), torch.Generator().manual_seed(seed)
+
+        def loss() -> Tensor:
+            images, labels = draw()
+            with torch.no_grad():
+                fakes = self.generator(self.generator.sample_latent(len(labels), stream), labels)
+            told = one_hot(labels, self.generator.num_classes)
+            return (F.softplus(-self.critic(images, told)) + F.softplus(self.critic(fakes, told))).mean()
+
+        parameters = list(trainable_parameters(self.critic).values())
+        descend(loss, [{"params": parameters, "lr": self.learning_rate}], steps=steps)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:

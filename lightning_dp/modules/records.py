@@ -82,6 +82,11 @@ class PoissonModule(PrivateModule):
         """Return the moving average of `network`, or the network itself where none is kept."""
         return network if self.average is None else cast(Network, self.average.network)
 
+    def start_average(self) -> None:
+        """Let the average begin where the network is, after a warm start."""
+        if self.average is not None:
+            self.average.network.load_state_dict(self._followed().state_dict())
+
     # Training --------------------------------------------------------------------------------------------------------
 
     @override

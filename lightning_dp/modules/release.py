@@ -58,6 +58,19 @@ class PublicRows:
     chunks: Iterable[RecordChunk]
 
 
+@dataclass(frozen=True)
+class PublicSamples:
+    """A promise: these images and labels were drawn from what was released, or are public.
+
+    Attributes:
+        images: float32 in [0, 1], (M, C, H, W).
+        labels: int64, (M,).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
 class ReleaseSession:
     """Joins one mechanism, one plan, one ledger and one noise source for the length of a run.
 

@@ -20,8 +20,9 @@ from lightning_dp.losses.sinkhorn import SinkhornSolver, cross_term, self_term
 from lightning_dp.losses.transport_cost import PointCloud, TransportCost
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
+from lightning_dp.modules.imitation import imitate
 from lightning_dp.modules.records import PoissonModule, check_positive, check_share, with_cosine_schedule
-from lightning_dp.modules.release import PublicRows, Released
+from lightning_dp.modules.release import PublicRows, PublicSamples, Released
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
 
@@ -159,6 +160,11 @@ class DPSinkhorn(PoissonModule):
         return with_cosine_schedule(
             optimizer, num_steps=self.planned_releases, final_share=self.final_learning_rate_share
         )
+
+    @override
+    def learn_from_samples(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
+        imitate(self.generator, samples, steps=steps, learning_rate=learning_rate, seed=seed)
+        self.start_average()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:

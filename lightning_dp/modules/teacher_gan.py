@@ -21,8 +21,9 @@ from lightning_dp.gradients.poisson import PoissonSampler
 from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.imitation import imitate
 from lightning_dp.modules.records import check_betas
-from lightning_dp.modules.release import PublicRows
+from lightning_dp.modules.release import PublicRows, PublicSamples
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.ema import ExponentialMovingAverage
 from lightning_dp.networks.generator import Generator
@@ -267,6 +268,12 @@ class TeacherEnsembleGAN(PrivateModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return [optimizer], [schedule]
+
+    @override
+    def learn_from_samples(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
+        imitate(self.generator, samples, steps=steps, learning_rate=learning_rate, seed=seed)
+        if self.average is not None:
+            self.average.network.load_state_dict(self.generator.state_dict())
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -14,7 +14,9 @@ from lightning_dp.losses.elbo import bernoulli_nll, gaussian_nll, kl_to_standard
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.keyed import keyed_normal
 from lightning_dp.modules.base import PublicFacts
+from lightning_dp.modules.imitation import batches, descend
 from lightning_dp.modules.records import RecordModule, check_betas, check_positive, check_share, with_cosine_schedule
+from lightning_dp.modules.release import PublicSamples
 from lightning_dp.networks.vae import Autoencoder, VAEDecoder, VAEEncoder
 
 _LATENT = 0  # purpose of randomness that belongs to records
@@ -121,6 +123,23 @@ class DPVAE(RecordModule):
         return with_cosine_schedule(
             optimizer, num_steps=self.planned_releases, final_share=self.final_learning_rate_share
         )
+
+    @override
+    def learn_from_samples(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
+        draw, network = batches(samples, seed=seed), self.autoencoder
+        stream = torch.Generator().manual_seed(seed)
+
+        def loss() -> Tensor:
+            images, labels = draw()
+            mean, log_variance = network.encoder(images, labels)
+            noise = torch.randn(mean.shape, generator=stream).to(mean)
+            logits = network.decoder.logits(mean + (0.5 * log_variance).exp() * noise, labels)
+            divergence = self.divergence(mean, log_variance)
+            return (self.misfit(logits, images) + self.kl_weight * divergence).mean()
+
+        parameters = list(trainable_parameters(network).values())
+        descend(loss, [{"params": parameters, "lr": learning_rate}], steps=steps)
+        self.start_average()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:

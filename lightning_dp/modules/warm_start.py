@@ -1,0 +1,221 @@
+"""A warm start: one cheap release, and samples of it that a generator learns from before its own first release.
+
+The release and all that follow it stand in one ledger and are paid by one budget; what is learned from its samples is
+post-processing.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_dp.accounting.calibration import calibrate_noise_multiplier
+from lightning_dp.accounting.events import ReleaseEvent, Sampling
+from lightning_dp.accounting.settings import PrivacySettings
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.mechanisms.base import ContributionSpec, Mechanism, ReleasePlan
+from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.mechanisms.no_privacy import NoPrivacy
+from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.moments_rounds import MomentsRounds
+from lightning_dp.modules.release import PublicSamples, ReleaseSession
+from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
+
+OpenSession = Callable[[Mechanism, ReleasePlan, Sampling], ReleaseSession]
+"""Opens a door onto the ledger of the run, for the release of the warm start."""
+
+
+@dataclass(frozen=True)
+class WarmPlan:
+    """The release of a warm start, fixed before any record is read.
+
+    Attributes:
+        mechanism: Its mechanism.
+        plan: Rows, relation and noise.
+        sampling: How records enter: all of them.
+        event: What is charged.
+    """
+
+    mechanism: Mechanism
+    plan: ReleasePlan
+    sampling: Sampling
+    event: ReleaseEvent
+
+
+class WarmStart(ABC):
+    """What is released first, and how long is learned from it.
+
+    Args:
+        budget: Share of the target epsilon that the release costs by itself, in (0, 1). What it leaves is more than the
+            rest: the two compose by the accountant, not by addition.
+        samples: Images drawn from what was released.
+        steps: Steps on them.
+        learning_rate: Adam's learning rate on them.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    def __init__(
+        self, *, budget: float = 0.2, samples: int = 10_000, steps: int = 500, learning_rate: float = 1e-2
+    ) -> None:
+        if not 0 < budget < 1:
+            raise ConfigurationError(f"Expected warm_start.budget in (0, 1), a share of epsilon, got {budget=}.")
+        for name, count in {"samples": samples, "steps": steps}.items():
+            if count < 1:
+                raise ConfigurationError(f"Expected warm_start.{name} >= 1, got {name}={count}.")
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ConfigurationError(f"Expected a finite warm_start.learning_rate > 0, got {learning_rate=}.")
+        self.budget, self.samples, self.steps, self.learning_rate = budget, samples, steps, learning_rate
+
+    def plan_release(self, data: PublicFacts, settings: PrivacySettings, *, is_private: bool) -> WarmPlan:
+        """Fix the noise of the release from public facts.
+
+        Args:
+            data: Public facts of the data.
+            settings: The privacy of the whole run.
+            is_private: False takes the statistics without noise, for a run of NoPrivacy.
+
+        Raises:
+            ConfigurationError: No target epsilon to take a share of, or no proof under the relation.
+        """
+        self.describe_data(data)
+        spec, sampling = self.contribution_spec(), Sampling(scheme="full")
+        spec.alternatives(settings.relation)
+        mechanism: Mechanism = Gaussian() if is_private else NoPrivacy()
+        mechanism.check(spec)
+
+        def planned(noise_multiplier: float) -> ReleasePlan:
+            return ReleasePlan(spec=spec, relation=settings.relation, noise_multiplier=noise_multiplier)
+
+        noise = 1.0
+        if is_private:
+            if settings.target_epsilon is None:
+                raise ConfigurationError("warm_start.budget is a share of privacy.target_epsilon; give one.")
+            noise = calibrate_noise_multiplier(
+                target_epsilon=self.budget * settings.target_epsilon,
+                target_delta=settings.target_delta,
+                num_releases=1,
+                make_event=lambda value: mechanism.step_event(planned(value)),
+                sampling=sampling,
+                relation=settings.relation,
+                accountant=settings.accountant,
+            )
+        plan = planned(noise)
+        return WarmPlan(mechanism, plan, sampling, mechanism.step_event(plan))
+
+    def warm_up(self, module: PrivateModule, warm: WarmPlan, open_session: OpenSession, *, seed: int) -> None:
+        """Make the release, and let the module learn from samples of it.
+
+        Args:
+            module: The method, before it is attached to its own session.
+            warm: What `plan_release` gave.
+            open_session: Opens the door for it.
+            seed: Public seed of the samples and of the steps.
+        """
+        data = module.trainer.datamodule  # type: ignore[attr-defined]
+        session = open_session(warm.mechanism, warm.plan, warm.sampling)
+        session.begin_step()
+        images, labels = self.released_samples(
+            session, data.train_images.to(module.device), data.train_labels.to(module.device), seed=seed
+        )
+        session.end_step()
+        module.take_warm_start(
+            PublicSamples(images.to(module.device), labels.to(module.device)),
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            seed=seed,
+        )
+
+    @abstractmethod
+    def describe_data(self, data: PublicFacts) -> None:
+        """Take the public facts of the data."""
+
+    @abstractmethod
+    def contribution_spec(self) -> ContributionSpec:
+        """Return public facts about the rows of the release."""
+
+    @abstractmethod
+    def released_samples(
+        self, session: ReleaseSession, images: Tensor, labels: Tensor, *, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Make the one release of the session, and return samples of it, (samples, C, H, W) in [0, 1] and labels.
+
+        Args:
+            session: The door.
+            images: uint8, (N, C, H, W). Private.
+            labels: int64, (N,). Private.
+            seed: Public seed of the samples.
+        """
+
+
+class MomentsWarmStart(WarmStart):
+    """DP-Moments first: a Gaussian per class from one release of counts, means and second moments.
+
+    Args:
+        budget: See `WarmStart`.
+        samples: See `WarmStart`.
+        steps: See `WarmStart`.
+        learning_rate: See `WarmStart`.
+        num_coefficients: Coefficients per channel of the public cosine basis.
+        centre: See `MomentsRounds`, as all that follow.
+        clip: See `MomentsRounds`.
+        emphasis: See `ClassMoments`.
+        block_weights: See `ClassMoments`.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        budget: float = 0.2,
+        samples: int = 10_000,
+        steps: int = 500,
+        learning_rate: float = 1e-2,
+        num_coefficients: int = 78,
+        centre: float = 3.0,
+        clip: float = 6.0,
+        emphasis: float = 0.0,
+        block_weights: tuple[float, float, float] = (0.15, 0.35, 0.92),
+    ) -> None:
+        super().__init__(budget=budget, samples=samples, steps=steps, learning_rate=learning_rate)
+        self.num_coefficients, self.centre, self.clip = num_coefficients, centre, clip
+        self.emphasis, self.block_weights = emphasis, block_weights
+        self._generator: ClassGaussianGenerator | None = None
+
+    def describe_data(self, data: PublicFacts) -> None:  # noqa: D102
+        self._generator = ClassGaussianGenerator(
+            data.image_shape, num_classes=data.num_classes, num_coefficients=self.num_coefficients
+        )
+        self._rounds = MomentsRounds(
+            self._generator,
+            centre=self.centre,
+            clip=self.clip,
+            emphasis=self.emphasis,
+            block_weights=self.block_weights,
+        )
+
+    def contribution_spec(self) -> ContributionSpec:  # noqa: D102
+        return self._rounds.statistics.contribution_spec()
+
+    def released_samples(  # noqa: D102
+        self, session: ReleaseSession, images: Tensor, labels: Tensor, *, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        if self._generator is None:
+            raise PrivacyProtocolError("plan_release() comes first.")
+        rounds, generator = self._rounds.to(images.device), self._generator.to(images.device)
+        released = session.release(rounds.rows(images, labels), rounds.statistics.release_shape, images.device)
+        fitted = rounds.absorb(released, 1)
+        with torch.no_grad():
+            for name, parameter in generator.named_parameters():
+                parameter.copy_(fitted[name])
+        return generator.sample(self.samples, seed=seed)
+
+
+NAMES: dict[str, type[WarmStart]] = {"moments": MomentsWarmStart}
+"""Short names for the command line: `--warm_start moments`."""

@@ -1,0 +1,176 @@
+"""A warm start is one release more, in the same ledger and the same budget; what it teaches is post-processing."""
+
+import pytest
+import torch
+
+from callbacks import GradientPrivatizer, PrivacyAccountant
+from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.mechanisms.no_privacy import NoPrivacy
+from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.modules import base
+from lightning_dp.modules.imitation import energy_distance, imitate
+from lightning_dp.modules.release import PublicSamples
+from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
+from lightning_dp.modules.warm_start import MomentsWarmStart
+from tests.conftest import TinyData, settings, tiny_gan, tiny_generator, trainer_for
+from tests.modules.test_dpgan import tiny_dpgan
+from tests.modules.test_dpsgd import tiny_dpsgd
+from tests.modules.test_sinkhorn import tiny_sinkhorn
+from tests.modules.test_vae import tiny_vae
+
+STEPS = 4
+
+
+def warm_start(**options) -> MomentsWarmStart:
+    return MomentsWarmStart(**{"samples": 40, "steps": 3, "num_coefficients": 10, **options})
+
+
+def fit(tmp_path, module, mechanism=None, warm=None, ledger_path=None, **privacy):
+    accountant = PrivacyAccountant(privacy=settings(**privacy), ledger_path=ledger_path)
+    privatizer = GradientPrivatizer(
+        mechanism=mechanism or TopAgg(top_k=4), accountant=accountant, warm_start=warm or warm_start()
+    )
+    trainer_for(tmp_path, [privatizer, accountant], STEPS).fit(module, datamodule=TinyData())
+    return accountant
+
+
+def learned(module):
+    return {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize(
+    ("make", "mechanism", "relation"),
+    [
+        (tiny_gan, TopAgg(top_k=4), "replace_one"),
+        (tiny_sinkhorn, Gaussian(), "add_or_remove_one"),
+        (tiny_vae, Gaussian(), "add_or_remove_one"),
+        (tiny_dpgan, Gaussian(), "add_or_remove_one"),
+    ],
+)
+def test_both_kinds_of_release_stand_in_one_ledger_within_one_budget(tmp_path, make, mechanism, relation):
+    accountant = fit(tmp_path, make(), mechanism, neighboring_relation=relation, target_epsilon=3.0)
+    entries, counts = accountant.ledger.entries, accountant.ledger.counts()
+    assert len(entries) == STEPS + 1
+    assert entries[0].sampling.rate == 1.0
+    assert entries[0].event not in [entry.event for entry in entries[1:]]
+    spent = compute_epsilon(counts, delta=1e-5, relation=relation).epsilon
+    assert 0.99 * 3 <= spent <= 3
+    alone = {key: count for key, count in counts.items() if key[0] == entries[0].event}
+    assert compute_epsilon(alone, delta=1e-5, relation=relation).epsilon == pytest.approx(0.2 * 3, rel=1e-3)
+    assert accountant.claim().level == "PROVED"
+    assert "Gaussian (warm start)" in accountant.claim().statement()
+
+
+def test_a_run_that_forgets_the_first_release_is_refused(tmp_path, monkeypatch):
+    """The broken twin plans as if the warm start were free: the last release would cross the budget."""
+    monkeypatch.setattr(GradientPrivatizer, "_plan_warm_start", free_of_charge)
+    monkeypatch.setattr(TeacherEnsembleGAN, "on_train_batch_end", goes_on)
+    with pytest.raises(PrivacyProtocolError, match="cross the budget"):
+        fit(tmp_path, tiny_gan())
+
+
+def free_of_charge(self, module, data):
+    self._warm = self.warm_start.plan_release(data, self.accountant.privacy, is_private=True)
+    return {}
+
+
+def goes_on(self, *_):
+    self.trainer.should_stop = False
+
+
+def test_it_is_made_once(tmp_path, monkeypatch):
+    """A run that starts anew with its ledger (it died before the first checkpoint) goes on without another one."""
+    path = tmp_path / "ledger.jsonl"
+
+    def dies(self, batch, batch_idx):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherEnsembleGAN, "training_step", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(tmp_path, tiny_gan(), ledger_path=path)
+    assert len(PrivacyLedger.read(path)) == 1
+    accountant = fit(tmp_path, tiny_gan(), ledger_path=path)
+    assert len(accountant.ledger) == STEPS + 1
+    assert len([entry for entry in accountant.ledger.entries if entry.event == accountant.ledger.entries[0].event]) == 1
+
+
+def test_what_is_learned_before_the_first_release_is_a_function_of_what_was_released(tmp_path, monkeypatch):
+    """With the release replaced by zeros, other records teach the same: nothing reaches the samples beside it."""
+    taught = []
+    monkeypatch.setattr(
+        base.PrivateModule, "take_warm_start", lambda self, samples, **_: taught.append(samples.images.clone())
+    )
+    monkeypatch.setattr(Gaussian, "release", lambda self, total, plan, *_, **__: torch.zeros(total.shape))
+    for data_seed in (0, 1):
+        accountant = PrivacyAccountant(privacy=settings())
+        privatizer = GradientPrivatizer(mechanism=TopAgg(top_k=4), accountant=accountant, warm_start=warm_start())
+        trainer_for(tmp_path, [privatizer, accountant], 1).fit(tiny_gan(), datamodule=TinyData(data_seed=data_seed))
+    assert torch.equal(*taught)
+
+
+def test_without_privacy_it_is_made_without_noise(tmp_path):
+    accountant = fit(tmp_path, tiny_gan(), NoPrivacy())
+    assert len(accountant.ledger) == STEPS + 1
+    assert accountant.claim().level == "NONPRIVATE"
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (tiny_dpsgd, {"mechanism": Gaussian(), "neighboring_relation": "add_or_remove_one"}, "no warm start"),
+        (tiny_gan, {"target_epsilon": None, "noise_multiplier": 5.0}, "share of privacy.target_epsilon"),
+    ],
+)
+def test_what_cannot_be_started_warmly_is_refused_before_a_record_is_read(tmp_path, make, options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        fit(tmp_path, make(), **options)
+
+
+@pytest.mark.parametrize(
+    "option", [{"budget": 0.0}, {"budget": 1.0}, {"steps": 0}, {"samples": 0}, {"learning_rate": 0}]
+)
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(ConfigurationError, match="warm_start"):
+        warm_start(**option)
+
+
+def test_a_module_at_work_takes_no_warm_start(tmp_path):
+    module = tiny_gan()
+    fit(tmp_path, module)
+    with pytest.raises(PrivacyProtocolError, match="before the first release"):
+        module.take_warm_start(
+            PublicSamples(torch.zeros(2, 1, 8, 8), torch.arange(2)), steps=1, learning_rate=1, seed=0
+        )
+
+
+def samples_of_bars() -> PublicSamples:
+    """A bright left half for one label, a bright right half for the other."""
+    images = torch.full((40, 1, 8, 8), 0.1)
+    images[:20, :, :, :4] = 0.9
+    images[20:, :, :, 4:] = 0.9
+    return PublicSamples(images, torch.arange(40) // 20)
+
+
+@pytest.mark.parametrize("make", [tiny_gan, tiny_sinkhorn, tiny_vae, tiny_dpgan])
+def test_every_generator_learns_from_samples(make):
+    torch.manual_seed(0)
+    module, samples = make(), samples_of_bars()
+
+    def distance():
+        images, labels = module.released_generator().sample(40, seed=0)
+        groups = [(images[labels == k].flatten(1), samples.images[samples.labels == k].flatten(1)) for k in (0, 1)]
+        return sum(float(energy_distance(a[None], b[None])) for a, b in groups)
+
+    before = distance()
+    module.learn_from_samples(samples, steps=150, learning_rate=0.02, seed=0)
+    assert distance() < before - 0.5
+
+
+def test_labels_that_were_never_drawn_are_left_alone():
+    generator = tiny_generator()
+    bars = samples_of_bars()
+    imitate(generator, PublicSamples(bars.images[:20], bars.labels[:20]), steps=2, learning_rate=0.01, seed=0)
