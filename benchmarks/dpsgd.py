@@ -22,7 +22,7 @@ from typing import Any
 
 METHODS = ("sgd", "ours", "hooks", "ghost")
 # Records of a step: what Opacus' hooks hold of the largest networks in a few GB.
-NETWORKS = {"small_cnn": 512, "conv": 512, "mlp": 256, "wrn_16_4": 16}
+NETWORKS = {"small_cnn": 512, "conv": 512, "mlp": 512, "wrn_16_4": 16}
 MAX_GRAD_NORM, NOISE_MULTIPLIER, LEARNING_RATE = 1.0, 1.0, 0.05
 SECONDS_PER_PROCESS = 4.0
 

@@ -38,6 +38,11 @@ class Order:
         axes = (*range(leading), *(leading + axis for axis in self.axes))
         return values.unflatten(-1, self.sizes).permute(axes).flatten(leading)
 
+    def laid(self, values: Tensor) -> Tensor:
+        """Return values in the shape of the parameter, (n, *shape), as they lie: (n, first size, rest)."""
+        back = sorted(range(len(self.axes)), key=lambda place: self.axes[place])
+        return values.permute(0, *(1 + place for place in back)).flatten(2)
+
 
 class Part(ABC):
     """A share of the gradients of n records with respect to one parameter of m entries."""
@@ -116,6 +121,14 @@ class Rows(Part):
         width = max(1, _BLOCK_ENTRIES // max(1, len(rows)))
         total = torch.cat([weights @ block.to(torch.float64) for block in rows.split(width, dim=1)])
         return total if self._order is None else self._order.restored(total)
+
+    def shaped(self, shape: torch.Size) -> tuple[Tensor, Order | None]:
+        """Return the gradients in the shape of the parameter, (n, *shape), and how they lie in memory."""
+        rows = self._values.flatten(1)
+        if self._order is None:
+            return rows.unflatten(1, shape), None
+        axes = (0, *(1 + axis for axis in self._order.axes))
+        return rows.unflatten(1, self._order.sizes).permute(axes), self._order
 
     def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
         return Rows(self._values.flatten(1).masked_fill(is_silent.unsqueeze(1), 0.0), self._order)

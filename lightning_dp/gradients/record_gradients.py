@@ -53,15 +53,14 @@ class RecordGradients:
             weights: (n,), float64, finite.
         """
         is_silent = weights == 0
-        sums: list[Tensor] = []
-        for part, size in zip(self._parts, self._sizes, strict=True):
-            if part is None:
-                sums.append(torch.zeros(size, dtype=torch.float64, device=weights.device))
-                continue
-            # Selected, not multiplied: 0 * NaN is NaN.
-            heard = part.silence(is_silent) if bool(is_silent.any()) else part
-            sums.append(heard.weighted_sum(weights))
-        return torch.cat(sums)
+        some_are_silent = bool(is_silent.any())
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=weights.device)
+        for part, share in zip(self._parts, total.split(self._sizes), strict=True):
+            if part is not None:
+                # Selected, not multiplied: 0 * NaN is NaN.
+                heard = part.silence(is_silent) if some_are_silent else part
+                share.copy_(heard.weighted_sum(weights))
+        return total
 
     def row_chunks(self) -> Iterator[RowChunk]:
         """Yield the gradients as rows, few enough at a time to stay in the cache."""
@@ -160,22 +159,33 @@ def _by_parameter(found: list[tuple[Tensor, Part]], parameters: list[nn.Paramete
         if id(weight) in position:
             parts[position[id(weight)]].append(part)
             continue
-        for index, rows in _carried_back(weight, part.rows(), parameters):
-            parts[index].append(Rows(rows))
+        rows = part if isinstance(part, Rows) else Rows(part.rows())
+        for index, carried in _carried_back(weight, rows, parameters):
+            parts[index].append(carried)
     return parts
 
 
-def _carried_back(weight: Tensor, rows: Tensor, parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
+def _carried_back(weight: Tensor, rows: Rows, parameters: list[nn.Parameter]) -> Iterator[tuple[int, Rows]]:
     """Yield the per-record gradients of parameters from those of a weight that was computed from them."""
     at_once = max(1, _CACHED_ENTRIES // weight.numel())
-    carried: list[list[Tensor]] = [[] for _ in parameters]
-    for few in rows.unflatten(1, weight.shape).split(at_once):
+    given, order = rows.shaped(weight.shape)
+    carried: dict[int, Tensor] = {}
+    for start in range(0, len(given), at_once):
+        few = slice(start, start + at_once)
         gradients = torch.autograd.grad(
-            weight, parameters, few, retain_graph=True, allow_unused=True, is_grads_batched=True
+            weight, parameters, given[few], retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         for index, gradient in enumerate(gradients):
-            if gradient is not None:
-                carried[index].append(gradient.flatten(min(2, gradient.dim() - 1)))
-    for index, pieces_of_one in enumerate(carried):
-        if pieces_of_one:
-            yield index, torch.cat(pieces_of_one)
+            if gradient is None:
+                continue
+            if index not in carried:
+                like = (
+                    given if gradient.shape[1:] == weight.shape else gradient[:1].expand(len(given), *gradient[0].shape)
+                )
+                carried[index] = torch.empty_like(like)
+            carried[index][few] = gradient
+    for index, values in carried.items():
+        if order is not None and values.shape == given.shape:
+            yield index, Rows(order.laid(values), order)
+        else:
+            yield index, Rows(values.flatten(min(2, values.dim() - 1)))

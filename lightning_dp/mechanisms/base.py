@@ -189,7 +189,7 @@ class Mechanism(ABC):
         A mechanism that perturbs in another way states another event (`step_event`) and an equal `mean`.
         """
         drawn = noise.gaussian(tuple(measured.shape), std=self.noise_std(plan), release_number=release_number)
-        return measured + drawn.to(measured.device)
+        return drawn.to(measured.device).add_(measured)  # in place: a release may be longer than a batch is large
 
     def mean(self, measured: Tensor, plan: ReleasePlan) -> Tensor:
         """Return the mean of what `decode` would be handed; for values computed from public rows only."""

@@ -69,7 +69,7 @@ class NoiseSource:
         if not (np.isfinite(std) and std >= 0):
             raise ValueError(f"Expected a finite noise std >= 0, got std={std}. Check privacy.noise_multiplier.")
         draw = self.generator(release_number=release_number, leaf=leaf).standard_normal(shape)
-        return torch.from_numpy(np.asarray(draw * std))
+        return torch.from_numpy(np.multiply(draw, std, out=np.asarray(draw)))
 
     def generator(self, *, release_number: int, leaf: str) -> np.random.Generator:
         """Return a fresh generator for one part of one release; the same part must not be drawn twice.
