@@ -74,6 +74,8 @@ def _level(module: PrivateModule, data: PublicFacts, mechanism: Mechanism, relat
         relation=relation,
         unit=privatizer.plan.spec.unit,
         mechanism=type(mechanism).__name__,
+        conditional_on=module.conditional_on,
+        unverified=module.unverified,
     )
     return claim.level
 
