@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 from typing_extensions import override
 
 from callbacks.privacy_accountant import PrivacyAccountant
+from callbacks.private_checkpoint import PrivateCheckpoint
 from lightning_dp.accounting.claim import plan_header
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
@@ -240,9 +242,10 @@ class GradientPrivatizer(pl.Callback):
 
         Raises:
             ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, many devices,
-                or numbers without noise sent to W&B.
+                numbers without noise sent to W&B, or a checkpoint that others could read.
         """
         self._refuse_raw_online(trainer)
+        _refuse_open_checkpoints(trainer)
         others = [c for c in trainer.callbacks if isinstance(c, GradientPrivatizer)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ConfigurationError(
@@ -280,6 +283,16 @@ class GradientPrivatizer(pl.Callback):
             raise ConfigurationError(
                 "telemetry.raw logs numbers without noise, and W&B online would send them away; leave one of them out "
                 "(--wandb offline)."
+            )
+
+
+def _refuse_open_checkpoints(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that would write teachers where anybody reads them; Lightning adds one unless told not to."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Checkpoint) and not isinstance(callback, PrivateCheckpoint):
+            raise ConfigurationError(
+                f"{type(callback).__name__} would write teachers and optimizer states where others can read them; pass "
+                "Trainer(enable_checkpointing=False), or a callbacks.PrivateCheckpoint, which can resume too."
             )
 
 

@@ -84,8 +84,8 @@ class PrivacyAccountant(pl.Callback):
             if found != value and name != "planned":
                 self._ledger.close()
                 if isinstance(found, dict) and isinstance(value, dict):  # name what differs, not all that agrees
-                    name = next(key for key in (*value, *found) if value.get(key, ...) != found.get(key, ...))
-                    found, value = found.get(name), value.get(name)
+                    key = next(key for key in (*value, *found) if value.get(key, ...) != found.get(key, ...))
+                    name, found, value = f"{name}.{key}", found.get(key), value.get(key)
                 raise ConfigurationError(
                     f"The ledger {self.ledger_path} was opened with {name}={found!r}, now {name}={value!r}. "
                     "Resume with the settings of the run, or start a new run in another --run_dir."

@@ -44,7 +44,7 @@ class PrivateCheckpoint(Checkpoint):
     in a crash stays charged by the ledger, so a larger `every_n_releases` costs budget in a crash, never privacy.
 
     Args:
-        path: The checkpoint file.
+        path: The checkpoint file; a folder that is not there yet is made for its owner alone.
         accountant: Knows how many releases are planned and made.
         every_n_releases: Releases between checkpoints.
     """
@@ -82,6 +82,8 @@ class PrivateCheckpoint(Checkpoint):
         if self._saved_step == trainer.global_step or trainer.global_step == 0:
             return
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:

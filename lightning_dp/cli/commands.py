@@ -195,16 +195,24 @@ def _config_of(run: Path) -> dict[str, Any]:
 
 
 def _data_of(config: dict[str, Any], root: str | None) -> Any:
-    """Return the data module of a run's configuration."""
+    """Return the data module of a run's configuration, of ours or of a plug-in; nothing else is imported for it."""
     import datamodules
 
+    for exported in datamodules.__all__:
+        getattr(datamodules, exported)  # imported on first use
     name = str(config["data"]["class_path"]).rpartition(".")[2]
-    if name not in datamodules.__all__:
-        raise ConfigurationError(f"Unknown data module {name!r}.{nearest(name, datamodules.__all__)}")
+    known: dict[str, type] = {kind.__name__: kind for kind in _all_subclasses(datamodules.ImageDataModule)}
+    if name not in known:
+        raise ConfigurationError(f"Unknown data module {name!r}.{nearest(name, known)}")
     options = dict(config["data"].get("init_args") or {})
     if root is not None:
         options["root"] = root
-    return getattr(datamodules, name)(**options)
+    return known[name](**options)
+
+
+def _all_subclasses(base: type) -> list[type]:
+    subs: list[type] = base.__subclasses__()
+    return [kind for sub in subs for kind in (sub, *_all_subclasses(sub))]
 
 
 def _statement(claim: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from datamodules import EmbeddedDigits
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.ledger import PrivacyLedger
 from tests.cli.runs import changed, read_json, read_metrics
@@ -148,6 +149,23 @@ class TestEvaluate:
         out = cli("evaluate", finished_run).out
         assert "FID (digits-fashion-cnn)" in out
         assert "PROVED" in out
+
+    def test_data_of_a_plug_in(self, cli, run_copy):
+        class FewDigits(EmbeddedDigits):
+            """As a package of the user's own would define it."""
+
+        config = yaml.safe_load((run_copy / "config.yaml").read_text())
+        config["data"]["class_path"] = "somewhere.FewDigits"
+        (run_copy / "config.yaml").write_text(yaml.safe_dump(config))
+        flags = ("--evaluation.num_samples", "50", "--evaluation.classifiers", "[]")
+        assert cli("evaluate", run_copy, "--json", *flags).code == 0
+        assert FewDigits.facts == EmbeddedDigits.facts
+
+    def test_data_that_nobody_has_defined(self, cli, run_copy):
+        config = yaml.safe_load((run_copy / "config.yaml").read_text())
+        config["data"]["class_path"] = "os.EmbeddedDigit"
+        (run_copy / "config.yaml").write_text(yaml.safe_dump(config))
+        assert "'EmbeddedDigit'. Did you mean EmbeddedDigits?" in cli("evaluate", run_copy).error()
 
     def test_a_run_without_its_configuration(self, cli, run_copy):
         (run_copy / "config.yaml").unlink()

@@ -277,7 +277,7 @@ class TestFiles:
     def test_a_resume_with_other_records(self, fit, tmp_path):
         assert fit("--trainer.max_steps", "1", "--evaluate", "false").code == 0
         line = fit("--trainer.max_steps", "1", "--data.num_train", "190", "--ckpt_path", "last").error()
-        assert "was opened with num_teachers=200, now num_teachers=190." in line
+        assert "was opened with plan.num_teachers=200, now plan.num_teachers=190." in line
         assert "another --run_dir" in line
 
     def test_a_resume_with_another_network(self, fit, tmp_path):

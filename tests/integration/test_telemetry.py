@@ -82,4 +82,5 @@ class TestRaw:
         assert fit(*SHORT, "--evaluate", "false", "--telemetry.raw", "true").code == 0
         assert logged["raw/mean_pixel"]
         claim = read_json(tmp_path / "run" / "claim.json")
-        assert any("telemetry.raw" in warning for warning in claim["warnings"])
+        assert claim["level"] == "CONDITIONAL"
+        assert any("telemetry.raw" in condition for condition in claim["assumptions"])

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from callbacks import GradientPrivatizer, PrivacyAccountant
+from callbacks import GradientPrivatizer, PrivacyAccountant, PrivateCheckpoint
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
@@ -326,6 +326,21 @@ def test_planning_reads_no_record():
     budget = privatizer.plan_run(tiny_gan(), Unreadable(), 5)
     assert budget.num_releases == 5
     assert isinstance(accountant, PrivacyAccountant)
+
+
+class TestCheckpoints:
+    def test_the_one_that_lightning_adds_is_refused(self, tmp_path):
+        """The broken twin is a plain Trainer: it would leave teachers in ./checkpoints for all to read."""
+        with pytest.raises(ConfigurationError, match="ModelCheckpoint would write teachers"):
+            fit(tmp_path, tiny_gan(), enable_checkpointing=True)
+        assert not list(tmp_path.rglob("*.ckpt"))
+
+    def test_ours_makes_a_folder_for_its_owner_alone(self, tmp_path):
+        privatizer, accountant = callbacks_for()
+        ours = PrivateCheckpoint(path=tmp_path / "kept" / "last.ckpt", accountant=accountant)
+        fit(tmp_path, tiny_gan(), callbacks=[privatizer, accountant, ours], enable_checkpointing=True)
+        assert (tmp_path / "kept" / "last.ckpt").exists()
+        assert (tmp_path / "kept").stat().st_mode & 0o077 == 0
 
 
 class TestTelemetry:
