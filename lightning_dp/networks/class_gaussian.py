@@ -71,9 +71,10 @@ class ClassGaussianGenerator(Generator):
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
         normal, choice, warp = latent.split([self.basis.dim, 1, self.latent_dim - self.basis.dim - 1], dim=1)
         cells = labels * self.num_components + self._component(choice[:, 0], labels)
-        pixels = self.to_images(self._coefficients(normal, cells))
-        images = ((pixels - self.black) * self.gain).clamp(0, 1)
-        return images if self.distortion is None else self._distorted(images, warp, self.distortion)
+        images = self.to_images(self._coefficients(normal, cells))
+        if self.distortion is not None:
+            images = self._distorted(images.clamp(0, 1), warp, self.distortion)
+        return ((images - self.black) * self.gain).clamp(0, 1)  # last: interpolation blurs
 
     def to_images(self, coefficients: Tensor) -> Tensor:
         """Return the images, (B, C, H, W), that have these coefficients, (B, C * num_coefficients); not clamped."""
