@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/lightning-dp fit --config configs/experiment/demo.yaml
+	$(BIN)/lightning-dp benchmark configs/benchmark/demo.yaml
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2

@@ -1,6 +1,7 @@
 """``lightning-dp benchmark`` and ``lightning-dp compare``: many runs at equal privacy, and run cards side by side."""
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,15 @@ from types import FrameType
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import ConfigurationError
+
+_IN_REPORT_ONLY = ("precision", "recall")
 
 
 def benchmark(arguments: list[str]) -> int:
@@ -103,15 +107,17 @@ def _tell(console: Console, folder: Path, records: list[Any], spent: list[str]) 
     """Print the result: one table from the cards, what everything spent, and where the report is."""
     from lightning_dp.benchmark.document import Strong
     from lightning_dp.benchmark.report import MARKDOWN_FILE, PAGE_FILE, STATEMENT, result_tables
+    from lightning_dp.evaluation.report import read_run_card
 
     for title, part in result_tables(folder, records):
         is_long = part.header[-1] == STATEMENT  # on a terminal, sentences stand below their table
-        shown = len(part.header) - is_long
-        table = Table(title=Text(title), title_justify="left")
-        for name in part.header[:shown]:
-            table.add_column(Text(name), overflow="fold")
+        # Eighty columns hold no more; the report has all.
+        shown = [i for i, name in enumerate(part.header[: -1 if is_long else None]) if name not in _IN_REPORT_ONLY]
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for index in shown:
+            table.add_column(Text(part.header[index]), overflow="fold")
         for row in part.rows:
-            table.add_row(*(Text(cell, style="bold" if isinstance(cell, Strong) else "") for cell in row[:shown]))
+            table.add_row(*(Text(row[i], style="bold" if isinstance(row[i], Strong) else "") for i in shown))
         console.print(table)
         for row in part.rows if is_long else ():
             console.print(Text(f"{row[0]}, {row[1]}: {row[-1]}"))
@@ -120,6 +126,16 @@ def _tell(console: Console, folder: Path, records: list[Any], spent: list[str]) 
     for record in records:
         if record.status in ("failed", "refused", "interrupted"):
             console.print(Text(f"{record.status}: {record.cell}: {record.reason or 'go on with the same command'}"))
+    done = [read_run_card(folder / record.card) for record in records if record.card is not None]
+    if done:
+        levels = Counter(str(card.claim["level"]) for card in done)
+        judged = [card.evaluation or {} for card in done]
+        extractors = sorted({str(found["fid_extractor"]) for found in judged if "fid_extractor" in found})
+        claims = ", ".join(f"{count} {level}" for level, count in levels.items())
+        console.print(f"claims: {claims}; delta {done[0].claim['delta']:g}, {done[0].claim['relation']}")
+        console.print(f"FID in the space of: {', '.join(extractors) or 'none'}")
+        total = sum(float(card.cost.get("total_time_s") or 0.0) for card in done)
+        console.print(f"time: {total:.0f} s over {len(done)} runs, each with its own samples.png and run_card.html")
     for name in (MARKDOWN_FILE, PAGE_FILE):
         console.print(f"report: {folder / name}", soft_wrap=True)
 
