@@ -67,11 +67,12 @@ class Part(ABC):
         """Return the squares of what the norms would be if nothing cancelled in the sums to come, (n,), float64."""
 
     @abstractmethod
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Return the sum over records of weight times gradient, (m,), float64.
+    def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:
+        """Add the sum over records of weight times gradient to a total.
 
         Args:
             weights: (n,), float64.
+            total: (m,), float64, in one piece.
         """
 
     @abstractmethod
@@ -116,11 +117,11 @@ class Rows(Part):
     def squared_masses(self) -> Tensor:  # noqa: D102
         return self.squared_norms
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+    def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
         rows = self._values.flatten(1)
         width = max(1, _BLOCK_ENTRIES // max(1, len(rows)))
-        total = torch.cat([weights @ block.to(torch.float64) for block in rows.split(width, dim=1)])
-        return total if self._order is None else self._order.restored(total)
+        summed = torch.cat([weights @ block.to(torch.float64) for block in rows.split(width, dim=1)])
+        total += summed if self._order is None else self._order.restored(summed)
 
     def shaped(self, shape: torch.Size) -> tuple[Tensor, Order | None]:
         """Return the gradients in the shape of the parameter, (n, *shape), and how they lie in memory."""
@@ -179,10 +180,12 @@ class Product(Part):
         left, right = (torch.linalg.vector_norm(factor, dim=2) for factor in (self._left, self._right))
         return (left * right).sum(1).square()
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
-        weighted = (self._left * weights[:, None, None]).flatten(0, 1)
-        total = (weighted.T @ self._right.flatten(0, 1)).flatten()
-        return total if self._order is None else self._order.restored(total)
+    def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
+        weighted, right = (self._left * weights[:, None, None]).flatten(0, 1), self._right.flatten(0, 1)
+        if self._order is None:
+            total.view(weighted.shape[1], right.shape[1]).addmm_(weighted.T, right)
+        else:
+            total += self._order.restored((weighted.T @ right).flatten())
 
     def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
         is_silent = is_silent[:, None, None]

@@ -47,20 +47,25 @@ class RecordGradients:
         return torch.maximum(bounds, masses).sqrt() * (1 + _SUM_MARGIN)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Return the sum of weight times gradient, (D,), float64; a record of weight zero adds nothing at all.
+        """Return the sum of weight times gradient, (D,), float64; see `add_weighted_sum`."""
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=weights.device)
+        self.add_weighted_sum(weights, total)
+        return total
+
+    def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:
+        """Add the sum of weight times gradient to a total; a record of weight zero adds nothing at all.
 
         Args:
             weights: (n,), float64, finite.
+            total: (D,), float64, in one piece.
         """
         is_silent = weights == 0
         some_are_silent = bool(is_silent.any())
-        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=weights.device)
         for part, share in zip(self._parts, total.split(self._sizes), strict=True):
             if part is not None:
                 # Selected, not multiplied: 0 * NaN is NaN.
                 heard = part.silence(is_silent) if some_are_silent else part
-                share.copy_(heard.weighted_sum(weights))
-        return total
+                heard.add_weighted_sum(weights, share)
 
     def row_chunks(self) -> Iterator[RowChunk]:
         """Yield the gradients as rows, few enough at a time to stay in the cache."""

@@ -226,7 +226,6 @@ def rows_where_needed(
         if scaling is None:
             yield from chunk.row_chunks()
             continue
-        parts = [chunk.weighted_sum(scaling.weights)]
+        chunk.add_weighted_sum(scaling.weights, total[0, : spec.vector_dim])
         if scaling.appended is not None:
-            parts.append(scaling.appended.sum(0))
-        total[0] += torch.cat(parts)
+            total[0, spec.vector_dim :] += scaling.appended.sum(0)
