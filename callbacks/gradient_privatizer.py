@@ -111,7 +111,8 @@ class GradientPrivatizer(pl.Callback):
             return {}
         if not module.can_warm_start:
             raise ConfigurationError(f"{type(module).__name__} has no warm start; leave --warm_start out.")
-        self._warm = self.warm_start.plan_release(data, self.accountant.privacy, is_private=self.mechanism.is_private)
+        mechanism = _stand_in() if self.mechanism.is_private else self.mechanism  # sums want plain Gaussian noise
+        self._warm = self.warm_start.plan_release(data, self.accountant.privacy, mechanism)
         return {(self._warm.event, self._warm.sampling): 1}
 
     @override

@@ -17,8 +17,6 @@ from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.settings import PrivacySettings
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import ContributionSpec, Mechanism, ReleasePlan
-from lightning_dp.mechanisms.gaussian import Gaussian
-from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.modules.base import PrivateModule, PublicFacts
 from lightning_dp.modules.moments_rounds import MomentsRounds
 from lightning_dp.modules.release import PublicSamples, ReleaseSession
@@ -71,13 +69,13 @@ class WarmStart(ABC):
             raise ConfigurationError(f"Expected a finite warm_start.learning_rate > 0, got {learning_rate=}.")
         self.budget, self.samples, self.steps, self.learning_rate = budget, samples, steps, learning_rate
 
-    def plan_release(self, data: PublicFacts, settings: PrivacySettings, *, is_private: bool) -> WarmPlan:
+    def plan_release(self, data: PublicFacts, settings: PrivacySettings, mechanism: Mechanism) -> WarmPlan:
         """Fix the noise of the release from public facts.
 
         Args:
             data: Public facts of the data.
             settings: The privacy of the whole run.
-            is_private: False takes the statistics without noise, for a run of NoPrivacy.
+            mechanism: What makes the release private, or not, for a run without privacy.
 
         Raises:
             ConfigurationError: No target epsilon to take a share of, or no proof under the relation.
@@ -85,14 +83,13 @@ class WarmStart(ABC):
         self.describe_data(data)
         spec, sampling = self.contribution_spec(), Sampling(scheme="full")
         spec.alternatives(settings.relation)
-        mechanism: Mechanism = Gaussian() if is_private else NoPrivacy()
         mechanism.check(spec)
 
         def planned(noise_multiplier: float) -> ReleasePlan:
             return ReleasePlan(spec=spec, relation=settings.relation, noise_multiplier=noise_multiplier)
 
         noise = 1.0
-        if is_private:
+        if mechanism.is_private:
             if settings.target_epsilon is None:
                 raise ConfigurationError("warm_start.budget is a share of privacy.target_epsilon; give one.")
             noise = calibrate_noise_multiplier(

@@ -73,7 +73,7 @@ def test_a_run_that_forgets_the_first_release_is_refused(tmp_path, monkeypatch):
 
 
 def free_of_charge(self, module, data):
-    self._warm = self.warm_start.plan_release(data, self.accountant.privacy, is_private=True)
+    self._warm = self.warm_start.plan_release(data, self.accountant.privacy, Gaussian())
     return {}
 
 
