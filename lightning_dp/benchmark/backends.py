@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 from typing_extensions import override
 
@@ -43,6 +43,13 @@ class Task:
     threads: int = 1
 
 
+# A shell's background jobs ignore SIGINT and so do their children: runs that could not be interrupted would be lost.
+_BOOT: Final = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('lightning_dp', run_name='__main__', alter_sys=True)"
+)
+
+
 def start(task: Task) -> "subprocess.Popen[bytes]":
     """Start the process of a task on the machine that calls this."""
     kept = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_CHILDREN}
@@ -50,7 +57,7 @@ def start(task: Task) -> "subprocess.Popen[bytes]":
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{task.log}.out", "ab") as out, open(f"{task.log}.err", "ab") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", "lightning_dp", *task.arguments],
+            [sys.executable, "-c", _BOOT, *task.arguments],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

@@ -74,6 +74,15 @@ def test_an_interrupt_reaches_the_processes(tmp_path):
     assert backend.collect() == []
 
 
+def test_an_interrupt_reaches_them_from_a_background_job(tmp_path):
+    """A shell starts those with SIGINT ignored, which children inherit."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_an_interrupt_reaches_the_processes(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_environment_of_a_run(tmp_path, monkeypatch):
     """Threads are its own; the seed of planning is not."""
     (tmp_path / "lightning_dp").mkdir()
