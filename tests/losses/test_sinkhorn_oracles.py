@@ -1,5 +1,8 @@
 """Sinkhorn against solvers that share nothing with it: a linear program, and the semi-dual by BFGS."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +109,7 @@ class TestCompiled:
         assert seen == 3 * [{"fullgraph": True, "dynamic": False}]
 
     @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
     @pytest.mark.filterwarnings("ignore")
     def test_compiled_loops_give_the_same(self, forgotten):
         self.assert_equal()
