@@ -21,7 +21,7 @@ from lightning_dp.losses.transport_cost import PointCloud, TransportCost
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import imitate
-from lightning_dp.modules.records import PoissonModule, check_positive, check_share, with_cosine_schedule
+from lightning_dp.modules.records import PoissonModule, check_betas, check_positive, check_share, with_cosine_schedule
 from lightning_dp.modules.release import PublicRows, PublicSamples, Released
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
@@ -91,6 +91,7 @@ class DPSinkhorn(PoissonModule):
         super().__init__(expected_batch_size=expected_batch_size, public_seed=public_seed, ema_decay=ema_decay)
         check_positive(images_per_step=images_per_step, learning_rate=learning_rate)
         check_share(final_learning_rate_share=final_learning_rate_share)
+        check_betas(betas)
         if not 0 <= debias_ratio <= 1:
             raise ConfigurationError(f"Expected 0 <= model.debias_ratio <= 1, got debias_ratio={debias_ratio}.")
         if not (math.isfinite(weight_decay) and weight_decay >= 0):

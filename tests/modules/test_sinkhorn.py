@@ -350,3 +350,9 @@ def test_published_defaults():
     assert module.cost == TransportCost(l1_weight=1, label_weight=15)
     assert module.solver == SinkhornSolver(method="anneal", entropic_reg=0.05, start_reg=73.2, cooling=0.5)
     assert (module.expected_batch_size, module.images_per_step, module.debias_ratio) == (50, 50, 0.2)
+
+
+@pytest.mark.parametrize("betas", [(2.0, 3.0), (0.9, 1.0), (-0.1, 0.9), (0.9, float("nan"))])
+def test_betas_that_adam_does_not_take_are_refused(betas):
+    with pytest.raises(ConfigurationError, match=r"model.betas to be two numbers in \[0, 1\)"):
+        tiny_sinkhorn(betas=betas)
