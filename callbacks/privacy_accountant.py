@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_dp.accounting.accountants import would_exceed
-from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger, spent_epsilon
+from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger, ledger_plan, spent_epsilon
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
@@ -129,6 +129,7 @@ class PrivacyAccountant(pl.Callback):
             delta=self._budget.delta,
             relation=self.privacy.relation,
             accountant=self.privacy.accountant,
+            planned=ledger_plan(self.ledger),
         )
 
     @override

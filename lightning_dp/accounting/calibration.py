@@ -34,7 +34,7 @@ def calibrate_noise_multiplier(
     """Return the smallest noise multiplier at which the planned releases keep the budget.
 
     Searched with quick bounds first (exact when nothing is sampled), then with privacy loss distributions near the
-    result, since a distribution at far too little noise takes minutes.
+    result, coarse ones first, since a distribution at far too little noise takes minutes.
 
     Args:
         target_epsilon: Epsilon of the whole run, finite and > 0.
@@ -73,8 +73,12 @@ def calibrate_noise_multiplier(
     def quick(noise: float) -> float:
         return quick_epsilon_bound(planned(noise), delta=delta, relation=relation)
 
-    def full(noise: float) -> float:
-        return compute_epsilon(planned(noise), delta=delta, relation=relation, accountant=accountant).epsilon
+    def full(noise: float, *, is_rough: bool = False) -> float:
+        counts = planned(noise)
+        return compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant, is_rough=is_rough).epsilon
+
+    def rough(noise: float) -> float:
+        return full(noise, is_rough=True)
 
     def amplified(noise: float) -> float:
         way = NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -89,6 +93,8 @@ def calibrate_noise_multiplier(
         rel_tol=1e-7 if is_exact else 1e-3,
     )
     is_final = math.isinf(near) or (is_exact and accountant == "auto")
+    if not (is_final or is_exact):
+        near = smallest_noise(rough, target, guess=near)
     noise = near if is_final else smallest_noise(full, target, guess=near)
     if math.isinf(noise):
         raise ConfigurationError(

@@ -351,6 +351,8 @@ def plan_changes(ledger: PrivacyLedger) -> tuple[str, ...]:
 def spent_epsilon(ledger: PrivacyLedger, *, accountant: Accountant = "auto") -> float | None:
     """Return what the releases so far cost: the claim of a run that was planned to end here. None unless PROVED.
 
+    Where records are sampled, it is rough, and slightly too large, until the plan is over.
+
     Args:
         ledger: The ledger of a run.
         accountant: As in `compute_epsilon`.
@@ -358,7 +360,11 @@ def spent_epsilon(ledger: PrivacyLedger, *, accountant: Accountant = "auto") -> 
     if ledger_level(ledger) is not ClaimLevel.PROVED:
         return None
     delta = float(ledger.header["target_delta"])
-    return compute_epsilon(ledger.counts(), delta=delta, relation=ledger.relation, accountant=accountant).epsilon
+    counts, planned = ledger.counts(), ledger_plan(ledger)
+    is_rough = planned is not None and counts != planned
+    return compute_epsilon(
+        counts, delta=delta, relation=ledger.relation, accountant=accountant, is_rough=is_rough
+    ).epsilon
 
 
 def _check_agreement(ledger: PrivacyLedger, relation: NeighboringRelation, unit: str) -> None:

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 import dp_accounting
 import numpy as np
 from dp_accounting import NeighboringRelation
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp import compute_epsilon as convert_rdp
 from numpy.typing import NDArray
@@ -47,7 +47,10 @@ _MIN_PLD_NOISE_MULTIPLIER = 0.1  # below it a PLD grid takes gigabytes
 _MIN_PLD_DELTA = 1e-12  # below it PLD's tail truncation answers infinity
 _MAX_PLD_EPSILON = 100.0  # beyond it the grid grows and the number means nothing
 _GUARD_ORDERS = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
+_INTERVAL = 1e-4  # of the grid of a PLD
+_FINE_INTERVAL = 1e-5
 _FINE_GRID_COUNT = 100_000  # more compositions than this need the finer grid, or rounding adds up
+_ROUGH_FACTOR = 10.0
 _MAX_CLOSED_FORM_MU = 1e4  # beyond it the closed form's tails cancel
 _MIN_CLOSED_FORM_MU = 1e-10  # below it they cancel to epsilon 0 for a tiny delta; rounding mu up is sound
 _MAX_RENYI_MU = 1e50  # beyond it, and below its inverse, squares leave the floats; less noise is a sound stand-in
@@ -117,8 +120,13 @@ def _is_gaussian(terms: Terms) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def compose(terms: Terms, delta: float, relation: NeighboringRelation, accountant: Accountant) -> EpsilonResult:
-    """Dispatch to one accountant; cached because a PLD takes a second."""
+def compose(
+    terms: Terms, delta: float, relation: NeighboringRelation, accountant: Accountant, *, is_rough: bool = False
+) -> EpsilonResult:
+    """Dispatch to one accountant; cached because a PLD takes a second.
+
+    A rough answer is a bound too: its PLDs have a grid ten times as coarse, at a tenth of the time.
+    """
     if not terms:
         return EpsilonResult(0.0, "none", ("nothing was released",))
     if has_non_private(terms):
@@ -131,14 +139,14 @@ def compose(terms: Terms, delta: float, relation: NeighboringRelation, accountan
         refusal = _pld_refusal(terms, delta, relation)
         if refusal:
             raise ConfigurationError(f"The PLD accountant cannot be used: {refusal}. Use accountant='auto'.")
-        return _pld(terms, delta, relation)
+        return _pld(terms, delta, relation, is_rough=is_rough)
     candidates = quick_bounds(terms, delta, relation)
     if is_unsampled(terms):
         return min(candidates, key=lambda result: result.epsilon)
     refusal = _pld_refusal(terms, delta, relation)
     if refusal is None:
         # first, so that a tie goes to the published accountant
-        candidates.insert(0, _pld(terms, delta, relation))
+        candidates.insert(0, _pld(terms, delta, relation, is_rough=is_rough))
     best = min(candidates, key=lambda result: result.epsilon)
     if refusal is None:
         return best
@@ -282,16 +290,35 @@ def _pld_refusal(terms: Terms, delta: float, relation: NeighboringRelation) -> s
     return None
 
 
-@lru_cache(maxsize=1024)
-def _pld(terms: Terms, delta: float, relation: NeighboringRelation) -> EpsilonResult:
+def _pld(terms: Terms, delta: float, relation: NeighboringRelation, *, is_rough: bool = False) -> EpsilonResult:
     """Return epsilon by privacy loss distributions (connect the dots, pessimistic)."""
+    interval = _FINE_INTERVAL if sum(count for _, _, count in terms) > _FINE_GRID_COUNT else _INTERVAL
+    interval *= _ROUGH_FACTOR if is_rough else 1.0
     factor = _pld_factor(relation)
-    interval = 1e-5 if sum(count for _, _, count in terms) > _FINE_GRID_COUNT else 1e-4
-    accountant = PLDAccountant(relation, interval)
+    composed = None
     for event, sampling, count in terms:
-        accountant.compose(_dp_event(event, sampling, factor=factor), count)
+        noise_multiplier = float(min(factor * event.noise_multiplier, _MAX_RENYI_MU))  # type: ignore[union-attr]
+        if sampling == _FULL:
+            part = _one_release(noise_multiplier / math.sqrt(count), 1.0, relation, interval)
+        else:
+            part = _one_release(noise_multiplier, sampling.rate, relation, interval).self_compose(count)
+        composed = part if composed is None else composed.compose(part)
+    assert composed is not None  # `compose` answers for no terms
     notes = _ternary_as_gaussian(event for event, _, _ in terms)
-    return EpsilonResult(float(accountant.get_epsilon(delta)), "pld", notes)
+    return EpsilonResult(float(composed.get_epsilon_for_delta(delta)), "pld", notes)
+
+
+@lru_cache(maxsize=32)  # some megabytes each
+def _one_release(
+    noise_multiplier: float, rate: float, relation: NeighboringRelation, interval: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
+    """Return dp-accounting's distribution of one release; most of the time of an answer, and the same for any count."""
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=rate,
+        neighboring_relation=relation,
+    )
 
 
 def _pld_factor(relation: NeighboringRelation) -> float:

@@ -81,20 +81,22 @@ def smallest_noise(
             break
         if low > 1e300:
             break
-        probe = _next_noise(low, low_eps, high, high_eps, target * (1.0 - 0.5 * rel_tol), bisect=step % 3 == 2)
+        probe = _next_noise(low, low_eps, high, high_eps, target * (1.0 - 0.5 * rel_tol), step=step)
     return high
 
 
-def _next_noise(low: float, low_eps: float, high: float, high_eps: float, target: float, *, bisect: bool) -> float:
+def _next_noise(low: float, low_eps: float, high: float, high_eps: float, target: float, *, step: int) -> float:
     """Return the next noise to try: secant on the log-log curve, else the geometric middle, else outwards."""
+    # Epsilon falls at least like 1 / noise nearly everywhere, so a good guess needs a small step to be bracketed.
+    least = min(0.05, 1e-6 * 8.0**step)
     if low == 0.0:
         ratio = high_eps / target
-        return high * min(max(ratio, 1 / 64), 0.95)
+        return high * min(max(ratio, 1 / 64), 1 - least)
     if math.isinf(high):
         ratio = low_eps / target
-        return low * min(max(ratio, 1.05), 64.0)
+        return low * min(max(ratio, 1 + least), 64.0)
     middle = math.sqrt(low) * math.sqrt(high)
-    if bisect or high_eps <= 0 or math.isinf(low_eps):
+    if step % 3 == 2 or high_eps <= 0 or math.isinf(low_eps):
         return middle
     share = math.log(target / low_eps) / math.log(high_eps / low_eps)
     probe: float = low * (high / low) ** share

@@ -3,13 +3,15 @@
 import math
 from itertools import pairwise
 
+import dp_accounting
 import numpy as np
 import pytest
+from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import compute_epsilon as convert_rdp
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_dp.accounting import composition
+from lightning_dp.accounting import accountants, composition
 from lightning_dp.accounting.accountants import compute_epsilon, paper_epsilon, quick_epsilon_bound, would_exceed
 from lightning_dp.accounting.events import (
     RELATION_NAMES,
@@ -18,6 +20,7 @@ from lightning_dp.accounting.events import (
     Sampling,
     TernaryRelease,
     ZCDPRelease,
+    parse_relation,
 )
 from lightning_dp.errors import ConfigurationError
 
@@ -408,8 +411,8 @@ def test_beyond_a_hundred_thousand_compositions_the_grid_is_finer():
 # --- the question before each release ---------------------------------------------------------------------------------
 
 
-def ask(counts, extra, budget, relation="replace_one", accountant="auto"):
-    return would_exceed(counts, extra, budget_epsilon=budget, delta=DELTA, relation=relation, accountant=accountant)
+def ask(counts, extra, budget, *, relation="replace_one", **options):
+    return would_exceed(counts, extra, budget_epsilon=budget, delta=DELTA, relation=relation, **options)
 
 
 def test_would_exceed_stops_exactly_at_the_largest_allowed_count():
@@ -445,11 +448,50 @@ def test_would_exceed_with_sampling_agrees_with_the_full_accountant_and_remember
     assert not ask({one: allowed - 1}, one, budget, relation="add_or_remove_one")
     assert ask({one: allowed}, one, budget, relation="add_or_remove_one")
     calls = []
-    monkeypatch.setattr(composition, "_pld", lambda *args: calls.append(args))
+    monkeypatch.setattr(composition, "_pld", lambda *args, **kwargs: calls.append(args))
     composition.compose.cache_clear()
     answers = [ask({one: n}, one, budget, relation="add_or_remove_one") for n in range(allowed - 20, allowed + 20)]
     assert answers == [False] * 20 + [True] * 20
     assert not calls
+
+
+def test_would_exceed_trusts_a_plan_that_keeps_the_budget_and_no_other(monkeypatch):
+    one, other = (gaussian(1.1), poisson(0.01)), (gaussian(1.3), poisson(0.01))
+    budget = epsilon({one: 231})
+
+    def searched(*args):
+        raise AssertionError("the plan answers")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(accountants, "_allowed_count", searched)
+        assert not ask({one: 230}, one, budget, relation="add_or_remove_one", planned={one: 231})
+    assert ask({one: 231}, one, budget, relation="add_or_remove_one", planned={one: 232})  # planned beyond the budget
+    assert ask({one: 231}, one, budget, relation="add_or_remove_one", planned={one: 231})  # not in the plan
+    assert ask({one: 231}, other, budget, relation="add_or_remove_one", planned={one: 231})
+
+
+@pytest.mark.parametrize("relation", sorted(RELATION_NAMES))
+def test_distributions_are_composed_as_dp_accounting_composes_them(relation):
+    terms = {
+        (gaussian(1.1), poisson(0.02)): 300,
+        (gaussian(0.9), poisson(0.01)): 20,
+        (gaussian(9.0), FULL): 7,
+    }
+    factor = 2.0 if relation == "replace_one" else 1.0
+    accountant = PLDAccountant(parse_relation(relation), 1e-4)
+    for (event, sampling), count in terms.items():
+        theirs = dp_accounting.GaussianDpEvent(factor * event.noise_multiplier)
+        if sampling.rate < 1:
+            theirs = dp_accounting.PoissonSampledDpEvent(sampling.rate, theirs)
+        accountant.compose(theirs, count)
+    assert epsilon(terms, relation=relation, accountant="pld") == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9)
+
+
+@pytest.mark.parametrize(("rate", "noise", "count"), [(0.032, 0.65, 300), (0.01, 1.1, 3000), (0.2, 4.0, 500)])
+def test_a_rough_answer_is_a_bound_close_to_the_exact_one(rate, noise, count):
+    counts = {(gaussian(noise), poisson(rate)): count}
+    rough = compute_epsilon(counts, delta=DELTA, relation="add_or_remove_one", is_rough=True).epsilon
+    assert epsilon(counts) <= rough <= 1.002 * epsilon(counts)
 
 
 def test_would_exceed_under_the_chosen_accountant():
