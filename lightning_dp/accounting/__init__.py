@@ -11,9 +11,12 @@ from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_
 from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim, make_claim
 from lightning_dp.accounting.events import (
     RELATION_NAMES,
+    DiscreteGaussianRelease,
     GaussianRelease,
     NonPrivateRelease,
     ReleaseEvent,
+    RoundedGaussianRelease,
+    RoundedTernaryRelease,
     Sampling,
     TernaryRelease,
     VonMisesFisherRelease,
@@ -27,6 +30,7 @@ from lightning_dp.accounting.ledger import LedgerEntry, PrivacyLedger
 __all__ = [
     "RELATION_NAMES",
     "ClaimLevel",
+    "DiscreteGaussianRelease",
     "EpsilonResult",
     "GaussianRelease",
     "LedgerEntry",
@@ -34,6 +38,8 @@ __all__ = [
     "PrivacyClaim",
     "PrivacyLedger",
     "ReleaseEvent",
+    "RoundedGaussianRelease",
+    "RoundedTernaryRelease",
     "Sampling",
     "TernaryRelease",
     "VonMisesFisherRelease",

@@ -10,6 +10,7 @@ from typing import Any, Self
 from dp_accounting import NeighboringRelation
 
 from lightning_dp.accounting.accountants import Accountant, Counts, EpsilonResult, checked_delta, compute_epsilon
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED, default_not_covered
 from lightning_dp.accounting.events import (
     NonPrivateRelease,
     Sampling,
@@ -19,15 +20,6 @@ from lightning_dp.accounting.events import (
 )
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, LedgerError
-
-DEFAULT_NOT_COVERED: tuple[str, ...] = (
-    "the choice of hyper-parameters, and of when to stop, if it looked at the private records",
-    "the set of labels and the number of records, which are treated as public",
-    "the gap between real-valued noise and the floating-point sampler",
-    "time and memory that the run took",
-    "other runs on the same records (each ledger speaks for itself)",
-)
-"""What an epsilon of ours never covers unless a method says otherwise."""
 
 _RELATION_LABELS = {
     "add_or_remove_one": "add-or-remove-one",
@@ -177,7 +169,7 @@ def make_claim(
     accountant: Accountant = "auto",
     conditional_on: Sequence[str] = (),
     unverified: Sequence[str] = (),
-    not_covered: Sequence[str] = DEFAULT_NOT_COVERED,
+    not_covered: Sequence[str] | None = None,
     extra_warnings: Sequence[str] = (),
     planned: Counts | None = None,
 ) -> PrivacyClaim:
@@ -201,7 +193,7 @@ def make_claim(
         accountant: Which accountant, as in `compute_epsilon`.
         conditional_on: Components assumed public (a pretrained network, say).
         unverified: Steps of the proof that were not checked.
-        not_covered: What the epsilon does not speak of.
+        not_covered: What the epsilon does not speak of; None takes `default_not_covered`.
         extra_warnings: Further warnings to carry.
         planned: Counts that were fixed before the first release; None takes a ledger's own plan, and charges what was
             released where there is none.
@@ -251,7 +243,7 @@ def make_claim(
         num_releases=sum(counts.values()),
         mechanism=mechanism,
         assumptions=(*assumed, *conditional_on),
-        not_covered=tuple(not_covered),
+        not_covered=default_not_covered({**counts, **(planned or {})}) if not_covered is None else tuple(not_covered),
         warnings=tuple(dict.fromkeys(warnings)),
         planned_releases=None if planned is None else sum(planned.values()),
     )

@@ -22,6 +22,8 @@ from dp_accounting.rdp import compute_epsilon as convert_rdp
 from numpy.typing import NDArray
 
 from lightning_dp.accounting.events import (
+    AdditiveRelease,
+    DiscreteGaussianRelease,
     GaussianRelease,
     NonPrivateRelease,
     ReleaseEvent,
@@ -31,6 +33,7 @@ from lightning_dp.accounting.events import (
     ZCDPRelease,
     relation_name,
 )
+from lightning_dp.accounting.sampled_curve import discrete_gaussian_rdp
 from lightning_dp.accounting.ternary import ternary_rdp
 from lightning_dp.accounting.von_mises_fisher import von_mises_fisher_rdp
 from lightning_dp.errors import ConfigurationError
@@ -53,6 +56,11 @@ _FINE_GRID_COUNT = 100_000  # more compositions than this need the finer grid, o
 _ROUGH_FACTOR = 10.0
 _MAX_CLOSED_FORM_MU = 1e4  # beyond it the closed form's tails cancel
 _MIN_CLOSED_FORM_MU = 1e-10  # below it they cancel to epsilon 0 for a tiny delta; rounding mu up is sound
+_NO_GAIN = {
+    ZCDPRelease: "zCDP",
+    VonMisesFisherRelease: "von Mises-Fisher",
+    DiscreteGaussianRelease: "discrete Gaussian",
+}  # without a proof that sampling helps, the last one under replace-one only
 _MAX_RENYI_MU = 1e50  # beyond it, and below its inverse, squares leave the floats; less noise is a sound stand-in
 
 
@@ -158,7 +166,7 @@ def quick_bounds(terms: Terms, delta: float, relation: NeighboringRelation) -> l
     bounds = []
     if _is_gaussian(terms):
         bounds.append(_gaussian(_without_sampling(terms), delta, ignored_sampling=not is_unsampled(terms)))
-    is_plain = all(type(event) is GaussianRelease for event, _, _ in terms)
+    is_plain = _is_gaussian(terms) and not any(isinstance(event, TernaryRelease) for event, _, _ in terms)
     if is_plain and is_unsampled(terms):
         return bounds  # the closed form is exact: Renyi divergence cannot be below it
     if _rdp_refusal(terms, relation) is None:
@@ -218,25 +226,33 @@ def _rdp(terms: Terms, delta: float, relation: NeighboringRelation) -> EpsilonRe
     total = np.zeros(len(RDP_ORDERS))
     with np.errstate(over="ignore"):
         for event, sampling, count in terms:
-            total += count * _unit_rdp(event, sampling)
+            total += count * _unit_rdp(event, _FULL if _earns_nothing(event, sampling, relation) else sampling)
     epsilon = float(convert_rdp(RDP_ORDERS, total, delta)[0])
     notes = []
     if any(isinstance(event, TernaryRelease) and sampling == _FULL for event, sampling, _ in terms):
         notes.append("Renyi curve of the ternary output")
-    if any(isinstance(event, ZCDPRelease) and sampling != _FULL for event, sampling, _ in terms):
-        notes.append("no gain from sampling is used for the zCDP releases")
-    if any(isinstance(event, VonMisesFisherRelease) and sampling != _FULL for event, sampling, _ in terms):
-        notes.append("no gain from sampling is used for the von Mises-Fisher releases")
+    unused = {_NO_GAIN[type(event)] for event, sampling, _ in terms if _earns_nothing(event, sampling, relation)}
+    notes += [f"no gain from sampling is used for the {kind} releases" for kind in sorted(unused)]
     return EpsilonResult(epsilon, "rdp", tuple(notes))
+
+
+def _earns_nothing(event: ReleaseEvent, sampling: Sampling, relation: NeighboringRelation) -> bool:
+    """Tell whether no gain from sampling has been proved; an unsampled release is charged, which is never below."""
+    if sampling == _FULL or type(event) not in _NO_GAIN:
+        return False
+    return not isinstance(event, DiscreteGaussianRelease) or relation is NeighboringRelation.REPLACE_ONE
 
 
 @lru_cache(maxsize=1024)
 def _unit_rdp(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
     """Return the Renyi divergence of one release at `RDP_ORDERS`; the sensitivity already knows the relation."""
-    if isinstance(event, GaussianRelease) and event.mu > _MAX_RENYI_MU:
+    if isinstance(event, AdditiveRelease) and event.mu > _MAX_RENYI_MU:
         curve = np.full(len(RDP_ORDERS), np.inf)
     elif isinstance(event, TernaryRelease) and sampling == _FULL:
         curve = ternary_rdp(event, RDP_ORDERS)
+    elif isinstance(event, DiscreteGaussianRelease):
+        with _silent_about_skipped_orders(), np.errstate(over="ignore"):
+            curve = discrete_gaussian_rdp(event, sampling, RDP_ORDERS)
     elif isinstance(event, VonMisesFisherRelease):
         curve = von_mises_fisher_rdp(event, RDP_ORDERS)  # unsampled: sampling never makes a release worse
     else:

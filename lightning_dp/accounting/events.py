@@ -9,19 +9,37 @@ noiseless value between two neighbours *under the stated neighbouring relation*;
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 from dp_accounting import NeighboringRelation
 
-from lightning_dp.accounting.fields import checked_fields, plain, positive_float, whole_number
+from lightning_dp.accounting.fields import positive_float, whole_number
+from lightning_dp.accounting.release import Release, event_from_dict
+from lightning_dp.accounting.sampling import Sampling
 from lightning_dp.errors import ConfigurationError
+
+__all__ = [
+    "RELATION_NAMES",
+    "AdditiveRelease",
+    "DiscreteGaussianRelease",
+    "GaussianRelease",
+    "NonPrivateRelease",
+    "Release",
+    "ReleaseEvent",
+    "RoundedGaussianRelease",
+    "RoundedTernaryRelease",
+    "Sampling",
+    "TernaryRelease",
+    "VonMisesFisherRelease",
+    "ZCDPRelease",
+    "event_from_dict",
+    "parse_relation",
+    "relation_name",
+]
 
 RELATION_NAMES: tuple[str, ...] = ("add_or_remove_one", "replace_one", "replace_special")
 """The neighbouring relations, in the spelling of configuration files; `replace_special` is a record made null."""
-
-SamplingScheme: TypeAlias = Literal["full", "poisson"]
 
 
 def parse_relation(relation: str | NeighboringRelation) -> NeighboringRelation:
@@ -59,58 +77,18 @@ def relation_name(relation: NeighboringRelation) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release:
-    """Base of the events: turns them into JSON-able dictionaries and back, refusing what it does not know."""
-
-    kind: ClassVar[str] = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dictionary: the `kind` tag and every field.
-
-        Returns:
-            The dictionary; `event_from_dict` inverts it exactly (floats keep every bit through JSON).
-        """
-        return {"kind": self.kind} | {field.name: plain(getattr(self, field.name)) for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuild an event of this class.
-
-        Args:
-            data: What `to_dict` returned.
-
-        Returns:
-            The event.
-
-        Raises:
-            ConfigurationError: Unknown kind, another class's kind, an unknown or missing field, or an invalid value.
-        """
-        event = event_from_dict(data)
-        if not isinstance(event, cls):
-            raise ConfigurationError(f"Expected an event of kind {cls.kind!r}, got kind={event.kind!r}.")
-        return event
-
-
-@dataclass(frozen=True, kw_only=True)
-class GaussianRelease(Release):
-    """Gaussian noise of a fixed standard deviation on a value of bounded L2 sensitivity.
-
-    Guarantee: exactly mu-GDP with mu = l2_sensitivity / noise_std when every record takes part.
+class AdditiveRelease(Release):
+    """Independent noise of one scale on every coordinate of a value of bounded L2 sensitivity.
 
     Args:
-        noise_std: Standard deviation of the noise per coordinate, > 0, in units of the value.
+        noise_std: Scale of the noise per coordinate, > 0, in units of the value.
         l2_sensitivity: L2 sensitivity, > 0, same units, already for the stated relation (2C for a sum of rows clipped
             to C under replace-one).
 
     Raises:
         ConfigurationError: A value is NaN, infinite, zero, negative or not a number.
-
-    Example:
-        >>> GaussianRelease(noise_std=2, l2_sensitivity=1).noise_multiplier
-        2.0
     """
 
-    kind: ClassVar[str] = "gaussian"
     noise_std: float
     l2_sensitivity: float
 
@@ -129,8 +107,62 @@ class GaussianRelease(Release):
 
     @property
     def mu(self) -> float:
-        """Parameter of Gaussian differential privacy of one unsampled release."""
+        """Parameter of Gaussian differential privacy of one unsampled release, where the noise is Gaussian."""
         return self.l2_sensitivity / self.noise_std
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianRelease(AdditiveRelease):
+    """Gaussian noise of a fixed standard deviation on a value of bounded L2 sensitivity.
+
+    Guarantee: exactly mu-GDP with mu = l2_sensitivity / noise_std when every record takes part.
+
+    Args:
+        noise_std: Standard deviation of the noise, as in `AdditiveRelease`.
+        l2_sensitivity: As in `AdditiveRelease`.
+
+    Example:
+        >>> GaussianRelease(noise_std=2, l2_sensitivity=1).noise_multiplier
+        2.0
+    """
+
+    kind: ClassVar[str] = "gaussian"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedGaussianRelease(GaussianRelease):
+    """Gaussian noise rounded to whole steps, on a value of whole steps, drawn exactly.
+
+    Guarantee: that of the Gaussian, sampled or not, because a whole number plus rounded noise is the rounded sum of
+    number and noise: post-processing. No floating-point number enters the law of what is released.
+
+    Args:
+        noise_std: Standard deviation before rounding, in units of the value.
+        l2_sensitivity: As in `AdditiveRelease`.
+    """
+
+    kind: ClassVar[str] = "rounded_gaussian"
+    is_exact: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteGaussianRelease(AdditiveRelease):
+    """Discrete Gaussian noise, mass proportional to exp(-k^2 / 2 s^2) at k whole steps, on a value of whole steps.
+
+    Guarantee: mu^2 / 2-zCDP with mu = l2_sensitivity / noise_std, for any number of coordinates that move together,
+    and the gain of Poisson sampling that `lightning_dp.accounting.sampled_curve` proves. No exact curve is known for
+    several coordinates: the one-dimensional privacy loss distribution does not bound them.
+
+    Args:
+        noise_std: The parameter s, in units of the value (the standard deviation is a little smaller).
+        l2_sensitivity: As in `AdditiveRelease`.
+
+    References:
+        Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy", Theorem 4.
+    """
+
+    kind: ClassVar[str] = "discrete_gaussian"
+    is_exact: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +228,18 @@ def _parse_changes(changes: Any) -> tuple[tuple[int, int], ...]:
             f"one pair and none of them (0, 0), got changes={changes!r}."
         )
     return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedTernaryRelease(TernaryRelease):
+    """Thresholded votes with Gaussian noise that was rounded to whole votes, drawn exactly.
+
+    Guarantee: as `TernaryRelease`. A vote with rounded noise is above a whole t where the vote with noise is above
+    t + 1/2, which is the threshold to state.
+    """
+
+    kind: ClassVar[str] = "rounded_ternary"
+    is_exact: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,95 +320,13 @@ class NonPrivateRelease(Release):
     kind: ClassVar[str] = "non_private"
 
 
-ReleaseEvent: TypeAlias = GaussianRelease | TernaryRelease | ZCDPRelease | VonMisesFisherRelease | NonPrivateRelease
-
-_EVENT_KINDS: dict[str, type[Release]] = {
-    cls.kind: cls for cls in (GaussianRelease, TernaryRelease, ZCDPRelease, VonMisesFisherRelease, NonPrivateRelease)
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How records enter a release.
-
-    Args:
-        scheme: "full" (every record, every time) or "poisson" (each record by its own coin).
-        rate: Probability that a record takes part, 0 < rate <= 1; 1 for "full".
-        executed: False when Poisson sampling is only assumed (a shuffled loader, say); the claim is then UNVERIFIED.
-
-    Raises:
-        ConfigurationError: Unknown scheme, rate outside (0, 1], or a setting that "full" would ignore.
-    """
-
-    scheme: SamplingScheme
-    rate: float = 1.0
-    executed: bool = True
-
-    def __post_init__(self) -> None:
-        if self.scheme not in get_args(SamplingScheme):
-            raise ConfigurationError(
-                f"Expected Sampling.scheme to be one of {', '.join(get_args(SamplingScheme))}, "
-                f"got scheme={self.scheme!r}."
-            )
-        rate = positive_float("Sampling", "rate", self.rate)
-        if rate > 1.0:
-            raise ConfigurationError(
-                f"Expected 0 < Sampling.rate <= 1, got rate={rate!r}. Set the expected batch size below num_records."
-            )
-        object.__setattr__(self, "rate", rate)
-        if not isinstance(self.executed, bool):
-            raise ConfigurationError(f"Expected Sampling.executed to be true or false, got executed={self.executed!r}.")
-        if self.scheme == "full" and (rate != 1.0 or not self.executed):
-            raise ConfigurationError(
-                f"Expected rate=1.0 and executed=True with scheme='full', got rate={rate!r}, "
-                f"executed={self.executed!r}. Use scheme='poisson' if records are sampled."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dictionary of the three fields.
-
-        Returns:
-            The dictionary; `from_dict` inverts it.
-        """
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuild a sampling from `to_dict`.
-
-        Args:
-            data: The dictionary.
-
-        Returns:
-            The sampling.
-
-        Raises:
-            ConfigurationError: Unknown or missing field, or an invalid value.
-        """
-        return cls(**checked_fields("sampling", cls, data))
-
-
-def event_from_dict(data: Mapping[str, Any]) -> ReleaseEvent:
-    """Rebuild any event from its dictionary.
-
-    Args:
-        data: What an event's `to_dict` returned, possibly through JSON.
-
-    Returns:
-        The event, equal to the original.
-
-    Raises:
-        ConfigurationError: No mapping, unknown kind, unknown or missing field, or an invalid value.
-
-    Example:
-        >>> event_from_dict(ZCDPRelease(rho=0.5).to_dict())
-        ZCDPRelease(rho=0.5)
-    """
-    kind = data.get("kind") if isinstance(data, Mapping) else None
-    if not isinstance(kind, str) or kind not in _EVENT_KINDS:
-        raise ConfigurationError(
-            f"Expected an event whose kind is one of {', '.join(_EVENT_KINDS)}, got kind={kind!r}."
-        )
-    cls = _EVENT_KINDS[kind]
-    values = {name: value for name, value in data.items() if name != "kind"}
-    return cls(**checked_fields(f"event of kind {kind!r}", cls, values))  # type: ignore[return-value]
+ReleaseEvent: TypeAlias = (
+    GaussianRelease
+    | RoundedGaussianRelease
+    | DiscreteGaussianRelease
+    | TernaryRelease
+    | RoundedTernaryRelease
+    | ZCDPRelease
+    | VonMisesFisherRelease
+    | NonPrivateRelease
+)

@@ -9,7 +9,6 @@ from typing import Any
 
 from callbacks.run_folder import LEDGER_FILE
 from lightning_dp.accounting.claim import (
-    DEFAULT_NOT_COVERED,
     ClaimLevel,
     PrivacyClaim,
     claimed_counts,
@@ -17,6 +16,7 @@ from lightning_dp.accounting.claim import (
     make_claim,
     plan_changes,
 )
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.benchmark.runner import RUNS_FOLDER
 from lightning_dp.errors import LedgerError

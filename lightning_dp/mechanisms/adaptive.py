@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, RowScaling
+from lightning_dp.mechanisms.base import (
+    ContributionSpec,
+    EncodeContext,
+    Mechanism,
+    NoiseLaw,
+    ReleasePlan,
+    RowScaling,
+)
 from lightning_dp.mechanisms.gaussian import ROUNDING_MARGIN
+from lightning_dp.mechanisms.grid import cut_to_grid, step_below
 
 
 @final
@@ -35,6 +43,7 @@ class AdaptiveGaussian(Mechanism):
         target_quantile: Fraction of the rows that should be within C, in (0, 1).
         adaptation_rate: C is multiplied by exp(-adaptation_rate * (fraction - target_quantile)), > 0.
         quantile_share: Share s of the (squared) budget spent on the indicator, in (0, 1).
+        noise: As for `Gaussian`; whole numbers are steps of 2^-20 of the clipping norm.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -49,6 +58,7 @@ class AdaptiveGaussian(Mechanism):
         target_quantile: float = 0.5,
         adaptation_rate: float = 0.2,
         quantile_share: float = 0.01,
+        noise: NoiseLaw = "gaussian",
     ) -> None:
         for name, value in (("initial_norm", initial_norm), ("adaptation_rate", adaptation_rate)):
             if not (math.isfinite(value) and value > 0):
@@ -60,6 +70,7 @@ class AdaptiveGaussian(Mechanism):
         self.target_quantile = float(target_quantile)
         self.adaptation_rate = float(adaptation_rate)
         self.quantile_share = float(quantile_share)
+        self.noise = noise
         self._norm = self.initial_norm
 
     @property
@@ -88,6 +99,10 @@ class AdaptiveGaussian(Mechanism):
         """Return 1: rows are sent in units of the clipping norm."""
         return 1.0
 
+    def grid_step(self, spec: ContributionSpec) -> float:
+        """Return 2^-20: rows are sent in units of the clipping norm."""
+        return step_below(1.0)
+
     def encoded_dim(self, spec: ContributionSpec) -> int:
         """Return the length of a gradient, and one for the indicator."""
         return spec.vector_dim + 1
@@ -98,10 +113,13 @@ class AdaptiveGaussian(Mechanism):
         norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         factors, indicators = self._factors_and_indicators(norms)
         # Selected, not multiplied: 0 * NaN is NaN.
-        return torch.where(torch.isfinite(norms), torch.cat([rows * factors, indicators], dim=-1), 0.0)
+        encoded = torch.where(torch.isfinite(norms), torch.cat([rows * factors, indicators], dim=-1), 0.0)
+        return encoded if self.noise == "gaussian" else cut_to_grid(encoded, step=self.grid_step(spec), bound=1.0)
 
-    def row_scaling(self, norms: Tensor, spec: ContributionSpec) -> RowScaling:
-        """Return the clipping factors and the centred indicators."""
+    def row_scaling(self, norms: Tensor, spec: ContributionSpec) -> RowScaling | None:
+        """Return the clipping factors and the centred indicators; None where rows are cut to a grid."""
+        if self.noise != "gaussian":
+            return None
         factors, indicators = self._factors_and_indicators(norms)
         return RowScaling(factors, indicators.unsqueeze(1))
 

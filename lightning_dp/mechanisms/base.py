@@ -9,22 +9,39 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from fractions import Fraction
+from typing import Any, ClassVar, Final, Literal, TypeAlias, final
 
 import torch
 from dp_accounting import NeighboringRelation
 from torch import Tensor
 
-from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease, ReleaseEvent
+from lightning_dp.accounting.events import (
+    DiscreteGaussianRelease,
+    GaussianRelease,
+    NonPrivateRelease,
+    ReleaseEvent,
+    RoundedGaussianRelease,
+)
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.contributions import ContributionKind, ContributionSpec, RowChange
+from lightning_dp.mechanisms.grid import whole_steps
 from lightning_dp.mechanisms.noise import NoiseSource
+
+NoiseLaw: TypeAlias = Literal["gaussian", "rounded_gaussian", "discrete_gaussian"]
+
+_EVENTS: Final[dict[NoiseLaw, type[GaussianRelease | DiscreteGaussianRelease]]] = {
+    "gaussian": GaussianRelease,
+    "rounded_gaussian": RoundedGaussianRelease,
+    "discrete_gaussian": DiscreteGaussianRelease,
+}
 
 __all__ = [
     "ContributionKind",
     "ContributionSpec",
     "EncodeContext",
     "Mechanism",
+    "NoiseLaw",
     "ReleasePlan",
     "RowChange",
     "RowScaling",
@@ -106,6 +123,7 @@ class Mechanism(ABC):
     kinds: ClassVar[frozenset[ContributionKind]]
     total_dtype: ClassVar[torch.dtype] = torch.float64
     is_private: ClassVar[bool] = True
+    noise: NoiseLaw = "gaussian"  # what `perturb` draws; a constructor option where encoded rows can lie on a grid
 
     # What a mechanism states -----------------------------------------------------------------------------------------
 
@@ -135,6 +153,16 @@ class Mechanism(ABC):
         rotates back.
         """
         return None
+
+    def grid_step(self, spec: ContributionSpec) -> float:
+        """Return the step of which every measured value is a whole multiple; where `noise` is drawn in whole numbers.
+
+        Raises:
+            ConfigurationError: Measured values lie on no grid.
+        """
+        raise ConfigurationError(
+            f"--mechanism {type(self).__name__} measures no whole numbers; mechanism.noise has to be gaussian."
+        )
 
     # What a mechanism does -------------------------------------------------------------------------------------------
 
@@ -184,10 +212,17 @@ class Mechanism(ABC):
         return total
 
     def perturb(self, measured: Tensor, plan: ReleasePlan, noise: NoiseSource, *, release_number: int) -> Tensor:
-        """Return the measured value with Gaussian noise of `noise_std` on every coordinate.
+        """Return the measured value with noise of `noise_std` on every coordinate.
 
         A mechanism that perturbs in another way states another event (`step_event`) and an equal `mean`.
         """
+        if self.noise != "gaussian":
+            step, std = self.grid_step(plan.spec), self.noise_std(plan)
+            whole = whole_steps(measured, step)
+            whole += noise.whole(
+                self.noise, tuple(whole.shape), scale=Fraction(std) / Fraction(step), release_number=release_number
+            ).to(whole.device)
+            return whole.to(torch.float64).mul_(step)
         drawn = noise.gaussian(tuple(measured.shape), std=self.noise_std(plan), release_number=release_number)
         return drawn.to(measured.device).add_(measured)  # in place: a release may be longer than a batch is large
 
@@ -273,7 +308,7 @@ class Mechanism(ABC):
         """Return the event of one release; takes no tensor, so the price cannot depend on data."""
         if not self.is_private:
             return NonPrivateRelease()
-        return GaussianRelease(
+        return _EVENTS[self.noise](
             noise_std=self.noise_std(plan), l2_sensitivity=self.l2_sensitivity(plan.spec, plan.relation)
         )
 
@@ -288,6 +323,8 @@ class Mechanism(ABC):
                 f"--mechanism {type(self).__name__} has no proof for {spec.kind} contributions; "
                 f"it supports: {', '.join(sorted(self.kinds))}."
             )
+        if self.noise != "gaussian":
+            self.grid_step(spec)
 
     def other_statements(self, plan: ReleasePlan) -> tuple[str, ...]:
         """Return what else can be said of one release, in words: never an (epsilon, delta), which is the ledger's."""

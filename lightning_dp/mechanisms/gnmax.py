@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan, zero_non_finite
+from lightning_dp.mechanisms.base import (
+    ContributionSpec,
+    EncodeContext,
+    Mechanism,
+    NoiseLaw,
+    ReleasePlan,
+    zero_non_finite,
+)
 
 # Projections are summed in whole numbers, exactly. The order of a floating-point sum depends on the number of rows, and
 # a vote that its last bit tips into another bin would let one record move the votes of others.
@@ -47,6 +54,7 @@ class GNMax(Mechanism):
         threshold: Share of the public number of rows that the largest count must reach, in [0, 1].
         threshold_noise_ratio: r, std of the noise on the largest count over that on the counts, > 0. Null tests the
             noisy counts themselves, which costs nothing more (their largest is biased upwards, by 1.54 std of ten).
+        noise: As for `TopAgg`; whole numbers are steps of 1 / r, so r has to be whole.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -66,6 +74,7 @@ class GNMax(Mechanism):
         max_value: float = 1e-4,
         threshold: float = 0.5,
         threshold_noise_ratio: float | None = 3.0,
+        noise: NoiseLaw = "gaussian",
     ) -> None:
         for name, count, least in (("num_projections", num_projections, 1), ("num_bins", num_bins, 2)):
             if count < least:
@@ -79,6 +88,12 @@ class GNMax(Mechanism):
             raise ConfigurationError(
                 f"Expected a finite mechanism.threshold_noise_ratio > 0 (or null), got threshold_noise_ratio={ratio}."
             )
+        if noise != "gaussian" and ratio is not None and not float(ratio).is_integer():
+            raise ConfigurationError(
+                f"mechanism.noise={noise} needs a whole mechanism.threshold_noise_ratio (or null), got "
+                f"threshold_noise_ratio={ratio}."
+            )
+        self.noise = noise
         self.num_projections = num_projections
         self.num_bins = num_bins
         self.max_value = float(max_value)
@@ -97,6 +112,10 @@ class GNMax(Mechanism):
     def row_diameter(self, spec: ContributionSpec) -> float:
         """Return sqrt(q m (2 + 1/r^2)): a changed vote leaves one bin and enters another; a maximum moves by 1."""
         return math.sqrt(spec.vectors_per_row * self.num_projections * (2 + self._squared_test_share))
+
+    def grid_step(self, spec: ContributionSpec) -> float:
+        """Return 1 / r, of which counts and largest counts divided by r are whole multiples; 1 without a test."""
+        return 1.0 if self.threshold_noise_ratio is None else 1 / self.threshold_noise_ratio
 
     def encoded_dim(self, spec: ContributionSpec) -> int:
         """Return the bins of all projections of one vector."""

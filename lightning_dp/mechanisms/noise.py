@@ -5,12 +5,14 @@ the process secret and the draw's name. The result does not depend on the order 
 rank. The secret is read from the operating system at every process start, lives in memory only, and is never logged,
 pickled or saved, so a resumed run cannot repeat noise; a forked child, which would repeat its parent's, is refused.
 Philox is not a cryptographic generator: the guarantee covers observers who see released values, not one who can invert
-Philox from them.
+Philox from them. Noise in whole numbers (`NoiseSource.whole`) comes from SHAKE-256 instead, which is one.
 """
 
 import hashlib
+import math
 import os
 import secrets
+from fractions import Fraction
 from typing import NoReturn
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.mechanisms.whole_noise import WholeLaw, whole_noise
 
 
 class NoiseSource:
@@ -71,6 +74,25 @@ class NoiseSource:
         draw = self.generator(release_number=release_number, leaf=leaf).standard_normal(shape)
         return torch.from_numpy(np.multiply(draw, std, out=np.asarray(draw)))
 
+    def whole(
+        self, law: WholeLaw, shape: tuple[int, ...], *, scale: Fraction, release_number: int, leaf: str = "noise"
+    ) -> Tensor:
+        """Return noise in whole numbers, int64, on the CPU, drawn exactly; see `lightning_dp.mechanisms.whole_noise`.
+
+        Args:
+            law: rounded_gaussian or discrete_gaussian.
+            shape: Shape of the noise.
+            scale: Its scale s, exact.
+            release_number: The number that the ledger gave to this release.
+            leaf: Name of the part of the release.
+        """
+
+        def bits(count: int, name: str) -> bytes:
+            key = self._key(release_number, f"{leaf}/{name}", size=32)
+            return hashlib.shake_256(key).digest(count)
+
+        return torch.from_numpy(whole_noise(law, math.prod(shape), scale=scale, bits=bits)).reshape(shape)
+
     def generator(self, *, release_number: int, leaf: str) -> np.random.Generator:
         """Return a fresh generator for one part of one release; the same part must not be drawn twice.
 
@@ -84,14 +106,14 @@ class NoiseSource:
         """Return a 63-bit seed for the coins of one block of teachers in one release."""
         return int.from_bytes(self._key(release_number, f"coins:{block}")[:8], "big") >> 1
 
-    def _key(self, release_number: int, leaf: str) -> bytes:
+    def _key(self, release_number: int, leaf: str, *, size: int = 16) -> bytes:
         if os.getpid() != self._process:
             raise PrivacyProtocolError(
                 "Noise was asked for in a forked child process, which would draw its parent's noise over again. "
                 "Release in the process that made the NoiseSource, or make a new one in the child."
             )
         name = f"{release_number}/{leaf}".encode()
-        return hashlib.blake2b(name, key=self._secret, digest_size=16).digest()
+        return hashlib.blake2b(name, key=self._secret, digest_size=size).digest()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("A NoiseSource holds a secret and cannot be pickled or copied; make a new one in each process.")

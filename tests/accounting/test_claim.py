@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dp.accounting.accountants import compute_epsilon
-from lightning_dp.accounting.claim import DEFAULT_NOT_COVERED, ClaimLevel, PrivacyClaim, make_claim
-from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease, Sampling, ZCDPRelease
+from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim, make_claim
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
+from lightning_dp.accounting.events import (
+    GaussianRelease,
+    NonPrivateRelease,
+    RoundedGaussianRelease,
+    Sampling,
+    ZCDPRelease,
+)
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError
 
@@ -44,6 +51,24 @@ def test_default_scope_names_what_is_not_covered():
     text = " ".join(DEFAULT_NOT_COVERED)
     for part in ("hyper-parameters", "labels", "number of records", "floating-point", "time and memory", "other runs"):
         assert part in text
+
+
+def test_the_gap_of_floating_point_is_closed_only_if_all_noise_was_drawn_exactly():
+    exact = (RoundedGaussianRelease(noise_std=5000.0, l2_sensitivity=100.0), FULL)
+    gap = "the gap between real-valued noise and the floating-point sampler"
+    for counts, is_open in (
+        ({exact: 3}, False),
+        ({exact: 3, (STEP, FULL): 1}, True),
+        ({(STEP, FULL): 1}, True),
+        ({}, True),
+    ):
+        claim = claim_of(counts)
+        assert (gap in claim.not_covered) == is_open
+        assert any("last bits of a row" in text for text in claim.not_covered) != is_open
+        assert len(claim.not_covered) == len(DEFAULT_NOT_COVERED)
+    # A plan that ends in floating-point noise is not exact before it gets there.
+    assert gap in claim_of({exact: 3}, planned={exact: 3, (STEP, FULL): 1}).not_covered
+    assert PrivacyClaim.from_dict(json.loads(json.dumps(claim_of({exact: 3}).to_dict()))) == claim_of({exact: 3})
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,30 @@ class TestPrivacy:
         assert not re.search(r"epsilon\W*\d", outcome.out + " ".join(outcome.logged))
         assert not [key for row in read_metrics(tmp_path / "run") for key in row if "epsilon" in key]
 
+    @pytest.mark.parametrize("law", ["rounded_gaussian", "discrete_gaussian"])
+    def test_noise_in_whole_numbers_closes_the_gap_of_floating_point(self, fit, tmp_path, law):
+        """The float path names the gap; the exact one keeps the budget without it, and says which noise it drew."""
+        for name, flags in (("float", ()), ("exact", ("--mechanism.noise", law))):
+            assert fit("--run_dir", tmp_path / name, *flags, *QUICK).code == 0
+        gap = "the gap between real-valued noise and the floating-point sampler"
+        claims = {name: read_json(tmp_path / name / "claim.json") for name in ("float", "exact")}
+        assert gap in claims["float"]["not_covered"]
+        assert gap not in claims["exact"]["not_covered"]
+        assert any("last bits of a row" in text for text in claims["exact"]["not_covered"])
+        assert (claims["exact"]["level"], claims["exact"]["accountant"]) == (
+            "PROVED",
+            "gaussian" if law == "rounded_gaussian" else "rdp",
+        )
+        assert 5 * (1 - 1e-4) <= claims["exact"]["epsilon"] <= 5
+        ((event, _),) = PrivacyLedger.read(tmp_path / "exact" / "ledger.jsonl").counts()
+        assert event.kind == law
+
+    def test_an_insecure_seed_downgrades_exact_noise_too(self, fit, tmp_path):
+        assert fit("--privacy.insecure_seed", "7", "--mechanism.noise", "rounded_gaussian", *QUICK).code == 0
+        claim = read_json(tmp_path / "run" / "claim.json")
+        assert (claim["level"], claim["epsilon"]) == ("UNVERIFIED", None)
+        assert "insecure_seed" in claim["statement"]
+
 
 class TestRawTelemetry:
     """Numbers without noise: kept apart, never online, and no epsilon rests on them."""

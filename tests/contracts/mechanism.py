@@ -3,13 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import pytest
 import torch
 from dp_accounting import NeighboringRelation
-from scipy import stats
+from scipy import special, stats
 
-from lightning_dp.accounting.events import GaussianRelease, ReleaseEvent
-from lightning_dp.errors import ConfigurationError
+from lightning_dp.accounting.events import AdditiveRelease, ReleaseEvent
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
 
@@ -40,6 +41,26 @@ def adversarial_rows(spec: ContributionSpec) -> torch.Tensor:
     special = [torch.full((q, d), value) for value in (0.0, 1.0, -1e30, 1e-30)] + [one_hot, broken, infinite]
     scales = 10.0 ** torch.randint(-20, 20, (500, 1, 1), generator=generator)
     return torch.cat([torch.stack(special), torch.randn(500, q, d, generator=generator) * scales])
+
+
+def check_whole_law(drawn: np.ndarray, scale: float, kind: str) -> None:
+    """Check draws against the exact law of a scale, and see that other scales are rejected."""
+    spread = np.random.default_rng(0).uniform(size=drawn.shape)
+
+    def p_value(scale: float) -> float:
+        if kind == "discrete_gaussian" and scale < 1e3:
+            support = np.arange(-int(40 * scale) - 2, int(40 * scale) + 3)
+            masses = np.exp(-(support**2) / (2 * scale**2))
+            below = np.concatenate([[0.0], np.cumsum(masses / masses.sum())])
+            low, high = (below[(drawn - support[0]).astype(int).clip(0, len(support) - 1) + more] for more in (0, 1))
+        else:  # beyond, the two laws differ by less than 1e-6 of a mass
+            low, high = special.ndtr((drawn - 0.5) / scale), special.ndtr((drawn + 0.5) / scale)
+        # A uniform place within the cell of a whole number makes the whole uniform.
+        return float(stats.kstest(low + spread * (high - low), "uniform").pvalue)
+
+    assert p_value(scale) > 1e-6
+    for wrong in (2 / 3, 0.95, 1.05, 3 / 2):
+        assert p_value(scale * wrong) < 1e-6
 
 
 class MechanismContract(ABC):
@@ -101,12 +122,12 @@ class MechanismContract(ABC):
             assert torch.cdist(worlds, worlds).max() <= diameter * (1 + 1e-9)
 
     def test_other_noise_has_another_event(self):
-        """Only the noise of the base class backs a Gaussian event."""
+        """Only the noise of the base class backs an event of additive noise."""
         mechanism = self.make()
         inherits = all(
             getattr(type(mechanism), name) is getattr(Mechanism, name) for name in ("perturb", "perturb_rows")
         )
-        assert inherits == isinstance(mechanism.step_event(self.plan()), GaussianRelease)
+        assert inherits == isinstance(mechanism.step_event(self.plan()), AdditiveRelease)
 
     def test_chunking_changes_nothing(self):
         mechanism, spec = self.make(), self.spec()
@@ -115,7 +136,7 @@ class MechanismContract(ABC):
         parts = torch.zeros_like(whole)
         for ids in torch.arange(len(rows)).split(37):
             parts += mechanism.encode(rows[ids], spec, context(len(ids), ids=ids)).sum(0, dtype=mechanism.total_dtype)
-        if mechanism.total_dtype == torch.float64:
+        if mechanism.total_dtype == torch.float64 and mechanism.noise == "gaussian":
             torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
         else:
             assert torch.equal(parts, whole)
@@ -154,7 +175,7 @@ class MechanismContract(ABC):
     def test_event_states_the_noise_that_is_drawn(self, relation):
         mechanism, plan = self.make(), self.plan(relation)
         event = mechanism.step_event(plan)
-        if not isinstance(event, GaussianRelease):
+        if not isinstance(event, AdditiveRelease):
             self.check_other_event(mechanism, plan, event)
             return
         assert event.noise_std == pytest.approx(2.0 * mechanism.l2_sensitivity(plan.spec, relation))
@@ -165,7 +186,28 @@ class MechanismContract(ABC):
         # The same test must reject noise that is off by the world size, or a variance taken for a std.
         for wrong in (drawn / 2**0.5, drawn * 2**0.5, drawn * 1.1):
             assert not low < wrong.square().mean().sqrt() < high
-        assert stats.kstest(drawn.flatten() / event.noise_std, "norm").pvalue > 1e-6
+        if event.is_exact:
+            step = mechanism.grid_step(plan.spec)
+            whole = (drawn / step).round()
+            torch.testing.assert_close(whole * step, drawn, rtol=1e-15, atol=0)
+            check_whole_law(whole.flatten().numpy(), event.noise_std / step, event.kind)
+        else:
+            assert stats.kstest(drawn.flatten() / event.noise_std, "norm").pvalue > 1e-6
+
+    def test_whole_noise_meets_whole_rows(self):
+        """Noise in whole numbers hides whole numbers only; a row beside the grid must stop the release."""
+        mechanism, spec = self.make(), self.spec()
+        if mechanism.noise == "gaussian":
+            assert not mechanism.step_event(self.plan()).is_exact
+            return
+        rows = adversarial_rows(spec)
+        total = mechanism.encode(rows, spec, context(len(rows))).sum(0, dtype=mechanism.total_dtype)
+        measured = mechanism.measure(total.double(), spec)
+        steps = measured / mechanism.grid_step(spec)
+        assert (steps - steps.round()).abs().max() < 1e-6
+        assert mechanism.step_event(self.plan()).is_exact
+        with pytest.raises(PrivacyProtocolError, match="beside the grid"):
+            mechanism.perturb(measured + mechanism.grid_step(spec) / 3, self.plan(), NoiseSource(), release_number=1)
 
     def check_other_event(self, mechanism: Mechanism, plan: ReleasePlan, event: ReleaseEvent) -> None:
         """Check an event that is not Gaussian against what is drawn; such a mechanism's tests must say how."""

@@ -25,6 +25,11 @@ class TestAdaptiveGaussian(MechanismContract):
         return ContributionSpec.records(expected_batch_size=40, vector_dim=16)
 
 
+class TestAdaptiveGaussianRounded(TestAdaptiveGaussian):
+    def make(self):
+        return AdaptiveGaussian(initial_norm=0.7, quantile_share=0.1, noise="rounded_gaussian")
+
+
 def spec(expected_batch_size=40.0, vector_dim=16) -> ContributionSpec:
     return ContributionSpec.records(expected_batch_size=expected_batch_size, vector_dim=vector_dim)
 

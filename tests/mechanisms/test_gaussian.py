@@ -36,6 +36,21 @@ class TestGaussianPerLayer(MechanismContract):
         return ContributionSpec.records(expected_batch_size=40, vector_dim=16, segments=(1, 5, 10))
 
 
+class TestGaussianRounded(MechanismContract):
+    def make(self):
+        return Gaussian(max_grad_norm=0.7, noise="rounded_gaussian")
+
+
+class TestGaussianDiscrete(MechanismContract):
+    def make(self):
+        return Gaussian(max_grad_norm=3.0, clipping="automatic", noise="discrete_gaussian")
+
+
+class TestGaussianRoundedPerLayer(TestGaussianPerLayer):
+    def make(self):
+        return Gaussian(max_grad_norm=0.7, clipping="per_layer", noise="rounded_gaussian")
+
+
 def encode(mechanism, rows):
     spec = ContributionSpec.records(expected_batch_size=4, vector_dim=rows.shape[-1])
     return mechanism.encode(rows, spec, context(len(rows)))

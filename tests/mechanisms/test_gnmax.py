@@ -35,6 +35,21 @@ class TestGNMaxTestOnTheNoisyCounts(MechanismContract):
         return GNMax(num_projections=4, num_bins=2, threshold_noise_ratio=None)
 
 
+def test_exact_noise_needs_a_whole_ratio():
+    with pytest.raises(ConfigurationError, match="needs a whole"):
+        GNMax(threshold_noise_ratio=2.5, noise="rounded_gaussian")
+
+
+class TestGNMaxRounded(MechanismContract):
+    def make(self):
+        return GNMax(max_value=0.5, noise="rounded_gaussian")
+
+
+class TestGNMaxDiscreteOnTheNoisyCounts(MechanismContract):
+    def make(self):
+        return GNMax(num_projections=4, num_bins=2, threshold_noise_ratio=None, noise="discrete_gaussian")
+
+
 def teachers(num_teachers: int = 10, q: int = 1, d: int = 8) -> ContributionSpec:
     return ContributionSpec.teachers(num_teachers=num_teachers, vectors_per_row=q, vector_dim=d)
 

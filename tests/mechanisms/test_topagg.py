@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_dp.accounting.events import GaussianRelease, TernaryRelease
+from lightning_dp.accounting.events import GaussianRelease, RoundedTernaryRelease, TernaryRelease
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
@@ -37,6 +37,16 @@ class TestTopAggStochastic(MechanismContract):
 class TestTopAggRotatedDense(MechanismContract):
     def make(self):
         return TopAgg(top_k=16, rotate=True, output="votes")
+
+
+class TestTopAggRoundedGaussian(MechanismContract):
+    def make(self):
+        return TopAgg(top_k=5, output="votes", noise="rounded_gaussian")
+
+
+class TestTopAggDiscreteGaussian(MechanismContract):
+    def make(self):
+        return TopAgg(top_k=5, output="votes", noise="discrete_gaussian")
 
 
 def encode(mechanism, rows, **kwargs):
@@ -209,6 +219,28 @@ class TestTernaryCharge:
         total = torch.randint(-4000, 4000, (15, 784), dtype=torch.int32)
         released = mechanism.release(total, self.plan(mechanism), NoiseSource(), release_number=1, public_seed=0)
         assert set(released.unique().tolist()) <= {-1.0, 0.0, 1.0}
+
+    @pytest.mark.parametrize("threshold", [0.0, 0.7, 0.70001])
+    def test_rounded_noise_moves_the_threshold_by_half_a_vote(self, threshold):
+        """What is charged is the channel that is released: its symbols' shares over votes without a teacher."""
+        mechanism = TopAgg(top_k=2, threshold=threshold, charge="ternary", noise="rounded_gaussian")
+        spec = teachers(num_teachers=20, q=1, d=100)
+        plan = ReleasePlan(spec=spec, relation=REPLACE, noise_multiplier=10.0)
+        event = mechanism.step_event(plan)
+        assert isinstance(event, RoundedTernaryRelease)
+        assert event.is_exact
+        assert event.threshold == math.floor(threshold * 20) + 0.5
+        total = torch.zeros(2000, 100, dtype=torch.int32)
+        released = mechanism.release(total, plan, NoiseSource(insecure_seed=1), release_number=1, public_seed=0)
+        share = released.abs().double().mean().item()
+        expected = 2 * stats.norm.sf(event.threshold / event.noise_std)
+        assert abs(share - expected) < 5 * 0.5 / 200_000**0.5
+        without_the_half = 2 * stats.norm.sf(threshold * 20 / event.noise_std)
+        assert abs(share - without_the_half) > 5 * 0.5 / 200_000**0.5 or threshold == 0.70001
+
+    def test_the_discrete_law_has_no_ternary_curve(self):
+        with pytest.raises(ConfigurationError, match="use rounded_gaussian"):
+            TopAgg(charge="ternary", noise="discrete_gaussian")
 
     def test_refused_where_more_would_leave(self):
         with pytest.raises(ConfigurationError, match="output=votes releases"):

@@ -72,8 +72,10 @@ MECHANISMS = [
     Gaussian(max_grad_norm=0.5, clipping="automatic", stability=0.01),
     AdaptiveGaussian(initial_norm=0.3, quantile_share=0.2),
     TopAgg(top_k=7, output="votes"),
+    Gaussian(max_grad_norm=0.5, noise="rounded_gaussian"),
+    Gaussian(max_grad_norm=0.5, clipping="automatic", noise="discrete_gaussian"),
 ]
-NAMES = ["flat", "per layer", "automatic", "adaptive", "votes"]
+NAMES = ["flat", "per layer", "automatic", "adaptive", "votes", "rounded", "discrete"]
 
 
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])

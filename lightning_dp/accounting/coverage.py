@@ -1,0 +1,28 @@
+"""What an epsilon does not speak of."""
+
+from lightning_dp.accounting.composition import Counts
+
+_FLOATING_POINT = "the gap between real-valued noise and the floating-point sampler"
+_LAST_BITS = "the last bits of a row, where floating-point kernels let them depend on who else takes part"
+
+DEFAULT_NOT_COVERED: tuple[str, ...] = (
+    "the choice of hyper-parameters, and of when to stop, if it looked at the private records",
+    "the set of labels and the number of records, which are treated as public",
+    _FLOATING_POINT,
+    "time and memory that the run took",
+    "other runs on the same records (each ledger speaks for itself)",
+)
+"""What an epsilon of ours never covers unless a method says otherwise; see `default_not_covered`."""
+
+
+def default_not_covered(counts: Counts) -> tuple[str, ...]:
+    """Return what an epsilon of these releases does not cover.
+
+    Where all noise was drawn in whole numbers, exactly and onto exact sums, the gap of floating-point noise is closed;
+    what remains of floating point is how the rows themselves were computed.
+
+    Args:
+        counts: The releases.
+    """
+    is_exact = bool(counts) and all(event.is_exact for event, _ in counts)
+    return tuple(_LAST_BITS if is_exact and text == _FLOATING_POINT else text for text in DEFAULT_NOT_COVERED)

@@ -1,0 +1,52 @@
+"""Rows in whole steps of a grid, so that sums are exact and a bound on a row is checked and not argued."""
+
+import math
+from fractions import Fraction
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lightning_dp.errors import PrivacyProtocolError
+
+_STEPS_PER_BOUND: Final = 21  # bits: sums of 2^32 rows stay below 2^53, up to which float64 holds every whole number
+_MAX_ROUNDING: Final = 1e-3  # of a step; sums of steps that are no powers of two are off by less than 2^-20
+
+
+def step_below(bound: float) -> float:
+    """Return the power of two of which `bound` is between 2^20 and 2^21 steps."""
+    return math.ldexp(1.0, math.frexp(bound)[1] - _STEPS_PER_BOUND)
+
+
+def cut_to_grid(rows: Tensor, *, step: float, bound: float) -> Tensor:
+    """Return rows with every entry cut towards zero to whole steps, in place.
+
+    A number that is cut is never larger, so norms do not grow and no bound needs a margin. The norm of what comes out
+    is then checked in whole numbers: a vector beyond the bound, as rounding before this call could make, sends zeros.
+
+    Args:
+        rows: (..., dim), float64, finite.
+        step: A power of two.
+        bound: What no vector's norm may exceed, below 2^22 steps.
+    """
+    whole = rows.div_(step).trunc_()  # exact: the step is a power of two
+    largest = math.floor(Fraction(bound / step) ** 2)
+    # Exact below 2^53, and above it larger than `largest`, which is below 2^44.
+    squares = (whole * whole).sum(dim=-1, keepdim=True)
+    return torch.where(squares <= largest, whole, 0.0).mul_(step)
+
+
+def whole_steps(values: Tensor, step: float) -> Tensor:
+    """Return values that lie on a grid as numbers of steps, int64.
+
+    Raises:
+        PrivacyProtocolError: They do not lie on it, or too far out for float64 to tell.
+    """
+    steps = values / step
+    whole = steps.round()
+    if not bool(((steps - whole).abs() <= _MAX_ROUNDING).all() and (whole.abs() < 2.0**52).all()):
+        raise PrivacyProtocolError(
+            "Expected a sum in whole steps, below 2^52 of them, got one beside the grid: noise in whole numbers would "
+            "not hide the rest. Encode rows by cut_to_grid()."
+        )
+    return whole.to(torch.int64)
