@@ -4,6 +4,7 @@ from callbacks.evaluate_generator import EvaluateGenerator
 from callbacks.gradient_privatizer import GradientPrivatizer
 from callbacks.privacy_accountant import PrivacyAccountant
 from callbacks.private_checkpoint import PrivateCheckpoint
+from callbacks.private_ddp import PrivateDDPStrategy
 from callbacks.release_progress import ReleaseProgress
 from callbacks.run_folder import RunFolder
 from callbacks.sample_grid import SampleGrid
@@ -13,6 +14,7 @@ __all__ = [
     "GradientPrivatizer",
     "PrivacyAccountant",
     "PrivateCheckpoint",
+    "PrivateDDPStrategy",
     "ReleaseProgress",
     "RunFolder",
     "SampleGrid",

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from callbacks.privacy_accountant import PrivacyAccountant
 from callbacks.private_checkpoint import PrivateCheckpoint
+from callbacks.private_ddp import check_strategy, ranks_of
 from lightning_dp.accounting.claim import plan_header
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
@@ -132,6 +133,7 @@ class GradientPrivatizer(pl.Callback):
         pl_module.logs_raw = self.raw_telemetry
         pl_module.planned_releases = budget.num_own
         pl_module.insecure_seed = self.accountant.privacy.insecure_seed
+        pl_module.ranks = ranks_of(trainer.strategy)
         settings = self.accountant.privacy
         header = {
             "relation": relation_name(settings.relation),
@@ -151,7 +153,7 @@ class GradientPrivatizer(pl.Callback):
             "fingerprint": data.fingerprint,
         }
         own = (self.mechanism.step_event(self._plan), pl_module.sampling)
-        self.accountant.open(budget, header, next_release=own)
+        self.accountant.open(budget, header, next_release=own, ranks=pl_module.ranks)
         plan = f"Privacy: {budget.num_releases} releases of {self._mechanism_name}"
         if not self.mechanism.is_private:
             _logger.info(f"{plan}, which bounds nothing: the run is not private.")
@@ -170,7 +172,7 @@ class GradientPrivatizer(pl.Callback):
         if not isinstance(pl_module, PrivateModule):
             raise PrivacyProtocolError("GradientPrivatizer was moved to another module after setup.")
         noise = NoiseSource(insecure_seed=self.accountant.privacy.insecure_seed)
-        noise.adopt_secret(trainer.strategy.broadcast(noise.export_secret(), src=0))
+        noise.adopt_secret(pl_module.ranks.first(noise.export_secret))
 
         def open_session(mechanism: Mechanism, plan: ReleasePlan, sampling: Sampling) -> ReleaseSession:
             return ReleaseSession(
@@ -181,6 +183,7 @@ class GradientPrivatizer(pl.Callback):
                 noise=noise,
                 public_seed=self.public_seed,
                 may_release=self.accountant.check_release,
+                ranks=pl_module.ranks,
                 log_raw=pl_module.log if self.raw_telemetry else None,
             )
 
@@ -242,7 +245,7 @@ class GradientPrivatizer(pl.Callback):
         """Refuse trainer settings that would spoil the guarantee; the command line asks before a folder is made.
 
         Raises:
-            ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, many devices,
+            ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, another strategy,
                 numbers without noise sent to W&B, or a checkpoint that others could read.
         """
         self._refuse_raw_online(trainer)
@@ -272,11 +275,7 @@ class GradientPrivatizer(pl.Callback):
                 f"Expected trainer.precision 32-true or bf16-mixed, got precision={trainer.precision}. (fp16 scales "
                 "losses and skips steps on overflow, which depends on data without noise.)"
             )
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"Expected one process, got {trainer.world_size}: teachers are not sharded over ranks yet. "
-                "Set trainer.devices to 1."
-            )
+        check_strategy(trainer)
 
     def _refuse_raw_online(self, trainer: pl.Trainer) -> None:
         """Refuse to send numbers without noise to a service; other loggers than W&B are the caller's word."""

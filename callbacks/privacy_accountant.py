@@ -14,6 +14,7 @@ from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Samp
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.gradients.ranks import ALONE, Ranks
 
 _logger = logging.getLogger(__name__)
 _SAMPLED_EPSILON_POINTS = 50
@@ -24,6 +25,8 @@ class PrivacyAccountant(pl.Callback):
 
     The ledger file is written ahead of every release; checkpoints carry a copy. A resumed run continues from whatever
     either of the two has spent, so releases lost in a crash stay charged.
+
+    On many processes the first one holds the file and decides what the budget allows; the others count along in memory.
 
     Args:
         privacy: The user's privacy settings.
@@ -44,6 +47,7 @@ class PrivacyAccountant(pl.Callback):
         self._ledger: PrivacyLedger | None = None
         self._num_restored = 0
         self._next: tuple[ReleaseEvent, Sampling] | None = None
+        self._ranks = ALONE
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -62,6 +66,7 @@ class PrivacyAccountant(pl.Callback):
         header: dict[str, Any],
         *,
         next_release: tuple[ReleaseEvent, Sampling] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Open the ledger, new or existing, under a budget that was decided beforehand.
 
@@ -69,11 +74,23 @@ class PrivacyAccountant(pl.Callback):
             budget: Noise, length and epsilon of the run.
             header: Public facts of the run, from which the claim is made.
             next_release: What each release of the method will be; None takes the last one made.
+            ranks: The processes of the run.
 
         Raises:
             ConfigurationError: The existing ledger is of another run.
         """
-        self.budget, self._next = budget, next_release
+        self.budget, self._next, self._ranks = budget, next_release, ranks
+
+        def opened() -> dict[str, Any]:
+            self._open(header)
+            return self.ledger.state_dict()
+
+        state = ranks.first(opened)
+        if ranks.rank > 0:
+            self._ledger = PrivacyLedger.from_state_dict(state)
+
+    def _open(self, header: dict[str, Any]) -> None:
+        """Open the file of the ledger, or a ledger in memory."""
         if self.ledger_path is None or not self.ledger_path.exists():
             self._ledger = PrivacyLedger({**header, "run_id": secrets.token_hex(8)}, self.ledger_path)
             return
@@ -102,12 +119,12 @@ class PrivacyAccountant(pl.Callback):
         return claim_from_ledger(self.ledger)
 
     def check_release(self, event: ReleaseEvent, sampling: Sampling) -> None:
-        """Refuse a release that would cross the budget.
+        """Refuse a release that would cross the budget; process 0 decides, and no other goes on without it.
 
         Raises:
             PrivacyProtocolError: It would.
         """
-        if self._is_beyond_budget(event, sampling):
+        if self._ranks.rank == 0 and self._is_beyond_budget(event, sampling):
             raise PrivacyProtocolError(
                 f"The next release would cross the budget (epsilon={self._budget.epsilon:g}, "
                 f"delta={self._budget.delta:g}, {self._budget.num_releases} releases). The run ends here."
@@ -164,19 +181,25 @@ class PrivacyAccountant(pl.Callback):
         self._stop_if_spent(trainer)
 
     def _is_time_to_speak(self) -> bool:
-        """Tell whether epsilon is computed after this release."""
+        """Tell whether epsilon is computed after this release, and here."""
+        if self._ranks.rank > 0:
+            return False
         if all(sampling.rate == 1.0 for _, sampling in self.ledger.counts()):
             return True
         done, planned = len(self.ledger), self._budget.num_releases
         return done >= planned or done % max(1, planned // _SAMPLED_EPSILON_POINTS) == 0
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+        if not self._ranks.first(self._is_spent):
+            return
+        done = len(self.ledger)
+        reason = "as planned" if done >= self._budget.num_releases else "one more would cross the budget"
+        _logger.info(f"{done} releases made, {reason}.")
+        trainer.should_stop = True
+
+    def _is_spent(self) -> bool:
         coming = self._next or next(reversed(self.ledger.counts()), None)
-        if len(self.ledger) and coming is not None and self._is_beyond_budget(*coming):
-            done = len(self.ledger)
-            reason = "as planned" if done >= self._budget.num_releases else "one more would cross the budget"
-            _logger.info(f"{done} releases made, {reason}.")
-            trainer.should_stop = True
+        return bool(len(self.ledger)) and coming is not None and self._is_beyond_budget(*coming)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class StreamedCheckpointIO(TorchCheckpointIO):
 
 
 class PrivateCheckpoint(Checkpoint):
-    """Saves the newest state of a run: every so many releases, with the last release, and on Ctrl-C.
+    """Saves the newest state of a run: every so many releases, with the last release, and on Ctrl-C of one process.
 
     The file is replaced at once: a kill while it is written leaves the one before. What is released after it and lost
     in a crash stays charged by the ledger, so a larger `every_n_releases` costs budget in a crash, never privacy.
@@ -75,7 +75,8 @@ class PrivateCheckpoint(Checkpoint):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+        # Alone only: many processes are interrupted in different places, and would wait for each other.
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0 and trainer.world_size == 1:
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:

@@ -15,3 +15,7 @@ class LedgerError(ConfigurationError):
 
 class PrivacyProtocolError(RuntimeError):
     """The release protocol was broken: no privatizer, two releases, an unreleased gradient, or a crossed budget."""
+
+
+class PeerError(RuntimeError):
+    """Another process of this run failed or is gone; what went wrong is told there."""

@@ -1,6 +1,6 @@
 """Teachers that are discriminators, each trained on its own shard: the ensemble of DataLens and G-PATE.
 
-Shapes: T teachers, n of one chunk, B samples of a batch, y classes, d numbers of one native output.
+Shapes: T teachers, t of them on this process (every W-th of W processes), n of one chunk, B samples of a batch, y classes, d numbers of one native output.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch.optim.adam import adam
 
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.gradients.mapped_state import MappedState
+from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.teacher_backends import (
     LoopBackend,
     Stack,
@@ -71,8 +72,8 @@ def choose_backend(network: str, device: torch.device) -> BackendName:
 class DiscriminatorTeachers(TeacherEnsemble):
     """One discriminator and one Adam per shard; a row is the way a teacher would move the fake images.
 
-    State lies in stacked tensors (T, ...) whichever backend computes, so checkpoints move between backends, chunk sizes
-    and devices. Adam is element-wise: run on a slice of the stack it is one Adam per teacher. Nothing else is kept.
+    State lies in stacked tensors (t, ...) whichever backend computes, and is saved as (T, ...), so checkpoints move
+    between backends, chunk sizes, devices and numbers of processes. Adam is element-wise: run on a slice of the stack it is one Adam per teacher. Nothing else is kept.
 
     Differs: the fakes of a round are made once, for every label at every batch position, and teachers pick by
     their own labels; the published program runs the generator on the private labels of each teacher. With a generator
@@ -148,6 +149,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._parameters: Stack = {}
         self._files: tuple[MappedState, ...] = ()
         self._rounds = 0
+        self._ranks, self._owned = ALONE, range(num_teachers)
 
     def bind(  # noqa: D102
         self,
@@ -158,12 +160,14 @@ class DiscriminatorTeachers(TeacherEnsemble):
         device: torch.device | str,
         seed: int,
         encode: Encoder | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         shards.check_fit(num_teachers=self.num_teachers, num_classes=num_classes, image_shape=image_shape)
         self._device, self._num_classes, self._encode = torch.device(device), num_classes, encode
-        self._shards = shards.to(self._device)
+        self._batch = shards.common_batch(self.batch_size)  # of all teachers, wherever they live
+        self._ranks, self._owned = ranks, ranks.owned(self.num_teachers)
+        self._shards = shards.part(self._owned).to(self._device)
         self._has_records = self._shards.sizes > 0
-        self._batch = shards.common_batch(self.batch_size)
         self._sample_shape = tuple(self._encoded(torch.zeros(1, *image_shape, device=self._device)).shape[1:])
         network = NETWORKS[self.network_name](self._sample_shape, num_classes)
         if self._batch < network.min_batch:
@@ -199,6 +203,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         fakes = make_fakes(public_labels).detach().unflatten(0, (self._batch, self._num_classes))
         repeats = self.train_steps if self._rounds else self.pretrain_steps
         block, visit = self._turn(step)
+        block = _places(block, self._owned)
         steps_before = self._optimizer_steps(self._turn(self._rounds)[1])
         for teachers in self._chunks(2 * self._batch, block, self._files):
             real, fake, one_hot = self._round_batch(teachers, fakes, visit)
@@ -211,7 +216,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._rounds += 1
 
     def _turn(self, step: int) -> tuple[slice, int]:
-        """Return which teachers are trained in a round, and how many rounds they have had before: public."""
+        """Return which of all teachers are trained in a round, and how many rounds they have had before: public."""
         if step == 0:
             return slice(0, self.num_teachers), 0
         turn, block = divmod(step - 1, self.num_teachers // self.teachers_per_round)
@@ -248,7 +253,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
 
     def _chunk(self, teacher_ids: Tensor, values: Tensor) -> RowChunk:
         # A teacher without records abstains, so that its rows do not tell an empty shard's initial network apart.
-        speaks = self._has_records[teacher_ids][:, None, None]
+        places = (teacher_ids - self._owned.start) // self._owned.step
+        speaks = self._has_records[places][:, None, None]
         return RowChunk(teacher_ids, torch.where(speaks, values, torch.zeros_like(values)), slice(0, values.shape[1]))
 
     def _judging(self, fakes: Tensor, labels: Tensor, judges: Tensor | None) -> Iterator[tuple[Tensor, Stack, Tensor]]:
@@ -263,9 +269,11 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 "outputs."
             )
         one_hot = F.one_hot(labels, self._num_classes).to(fakes.dtype)
-        ids = torch.arange(self.num_teachers, device=self._device) if judges is None else judges.to(self._device)
+        owned = torch.tensor(self._owned, dtype=torch.int64, device=self._device)
+        ids = owned if judges is None else judges.to(self._device)
+        places = (ids - self._owned.start) // self._owned.step
         for part in self._chunks(num_images, slice(0, len(ids)), self._files[:1] if judges is None else ()):
-            own = self._slice(self._parameters, part if judges is None else ids[part])
+            own = self._slice(self._parameters, part if judges is None else places[part])
             yield ids[part], own, one_hot
 
     def row_structure(self, num_images: int) -> RowStructure:
@@ -273,14 +281,31 @@ class DiscriminatorTeachers(TeacherEnsemble):
         return RowStructure(images_per_row=num_images, class_wise=False, single_record=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return parameters, Adam moments (references, (T, ...) each) and step counts. Private."""
+        """Return parameters, Adam moments (references, (T, ...) each) and step counts. Private.
+
+        Of many processes, the first one gets them together in its memory, or in files beside those of its own.
+        """
         self._require_bound()
-        return {
-            "parameters": self._parameters,
-            "exp_avg": self._exp_avg,
-            "exp_avg_sq": self._exp_avg_sq,
-            "rounds": self._rounds,
-        }
+        state: dict[str, Any] = {"rounds": self._rounds}
+        whole = () if self.state_dir is None else (MappedState(self.state_dir, self.num_teachers),)
+        for key, stacks in self._stacks().items():
+            state[key] = {name: self._of_all(stack, whole) for name, stack in stacks.items()}
+        return state
+
+    def _stacks(self) -> dict[str, Stack]:
+        return {"parameters": self._parameters, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+
+    def _of_all(self, stack: Tensor, files: tuple[MappedState, ...]) -> Tensor:
+        """Return a stack of all teachers, (T, ...), on process 0; what this one has elsewhere."""
+        if self._ranks.size == 1:
+            return stack
+        if self._ranks.rank > 0:
+            self._ranks.collect(stack, None)
+            return stack
+        shape = torch.Size((self.num_teachers, *stack.shape[1:]))
+        whole = files[0].zeros(shape, stack.dtype) if files else torch.zeros(shape, dtype=stack.dtype)
+        self._ranks.collect(stack, whole)
+        return whole
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a state of an ensemble of the same network and size into this one.
@@ -289,9 +314,9 @@ class DiscriminatorTeachers(TeacherEnsemble):
             ConfigurationError: Names or shapes differ.
         """
         self._require_bound()
-        pairs = [(own, state[key]) for key, own in self.state_dict().items() if isinstance(own, dict)]
+        pairs = [(own, state[key]) for key, own in self._stacks().items()]
         for own, saved in pairs:
-            expected = {name: tuple(stack.shape) for name, stack in own.items()}
+            expected = {name: (self.num_teachers, *stack.shape[1:]) for name, stack in own.items()}
             got = {name: tuple(stack.shape) for name, stack in saved.items()}
             if expected != got:
                 raise ConfigurationError(
@@ -300,24 +325,24 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 )
         for own, saved in pairs:
             for name, stack in own.items():
-                stack.copy_(saved[name])
+                stack.copy_(saved[name][self._owned.start :: self._owned.step])
         self._rounds = int(state["rounds"])
 
     def _initial_parameters(self, network: Discriminator, seed: int) -> Stack:
-        """Draw each teacher's parameters from (seed, teacher) on the CPU: the same on any device, in any chunk."""
+        """Draw each teacher's parameters from (seed, teacher) on the CPU: the same on any device and process."""
         names = dict(network.named_parameters())
         stacks = {
-            name: self._zeros(torch.Size((self.num_teachers, *parameter.shape)), parameter.dtype)
+            name: self._zeros(torch.Size((len(self._owned), *parameter.shape)), parameter.dtype)
             for name, parameter in names.items()
         }
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for teacher in range(self.num_teachers):
+            for place, teacher in enumerate(self._owned):
                 torch.default_generator.manual_seed((seed * 1_000_003 + teacher) % 2**63)
                 network.reset_parameters()
                 for name, parameter in names.items():
-                    stacks[name][teacher] = parameter
-                if self._files and teacher % _DROPPED_AT_ONCE == _DROPPED_AT_ONCE - 1:
-                    self._files[0].drop(slice(teacher + 1 - _DROPPED_AT_ONCE, teacher + 1))
+                    stacks[name][place] = parameter
+                if self._files and place % _DROPPED_AT_ONCE == _DROPPED_AT_ONCE - 1:
+                    self._files[0].drop(slice(place + 1 - _DROPPED_AT_ONCE, place + 1))
         return stacks
 
     def _mapped_state(self) -> tuple[MappedState, ...]:
@@ -328,7 +353,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
             raise ConfigurationError(
                 f"teachers.state_dir={self.state_dir} works on a CPU only, got device={self._device}. Leave it out."
             )
-        return MappedState(self.state_dir, self.num_teachers), MappedState(self.state_dir, self.num_teachers)
+        own = len(self._owned)
+        return MappedState(self.state_dir, own), MappedState(self.state_dir, own)
 
     def _zeros(self, shape: torch.Size, dtype: torch.dtype, *, moments: bool = False) -> Tensor:
         """Return a stack of zeros, in memory or in a file that only this process can reach."""
@@ -402,6 +428,12 @@ class DiscriminatorTeachers(TeacherEnsemble):
     def _require_bound(self) -> None:
         if not self._parameters:
             raise RuntimeError("Expected bound teachers, got an ensemble without records. Call bind() first.")
+
+
+def _places(teachers: slice, owned: range) -> slice:
+    """Return where the owned ones among a run of teachers stand in the stacks."""
+    start, stop = (-(-(edge - owned.start) // owned.step) for edge in (teachers.start, teachers.stop))
+    return slice(max(0, start), min(len(owned), max(0, stop)))
 
 
 def _memory_budget(device: torch.device) -> int:

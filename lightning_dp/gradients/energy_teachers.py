@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.teachers import Encoder, FakeSource, RowChunk, RowStructure, TeacherEnsemble, TeacherShards
 from lightning_dp.losses.energy import unit_directions
 
@@ -121,6 +122,7 @@ class EnergyTeachers(TeacherEnsemble):
         device: torch.device | str,
         seed: int,
         encode: Encoder | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if self.is_single_record and not (shards.is_single_record and shards.num_teachers == shards.num_records):
             raise ConfigurationError(
@@ -128,9 +130,11 @@ class EnergyTeachers(TeacherEnsemble):
                 "set teachers.num_teachers for larger shards."
             )
         self.num_teachers = shards.num_teachers
+        owned = ranks.owned(self.num_teachers)
+        shards = shards.part(owned).to(device)
         # In parts of a public size, in record order (see PublicShapes).
         self._records = torch.cat([_encode(part, encode) for part in shards.images.split(4096)]).to(device)  # (N, d)
-        labels, owners = shards.labels.to(device), shards.assignment.to(device)
+        labels, owners = shards.labels.to(device), owned.start + owned.step * shards.assignment.to(device)
         self._positions, self._owners = [], []
         for label in range(num_classes):
             (mine,) = torch.nonzero(labels == label, as_tuple=True)

@@ -27,6 +27,9 @@ class PoissonSampler:
         num_records: Number of records N, public.
         rate: Probability q that a record joins a step, 0 < q <= 1.
         insecure_seed: Fixes the coins for debugging. A run with fixed coins is not private; the claim says so.
+        owned: The records whose coins are flipped here, in rising order; None for all. Each record has one owner among
+            the processes of a run, and owners have keys of their own: with one key for two, whoever learns that a
+            record joined would learn it of its twin.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -36,7 +39,9 @@ class PoissonSampler:
         tensor([0, 1, 2, 3])
     """
 
-    def __init__(self, num_records: int, rate: float, insecure_seed: int | None = None) -> None:
+    def __init__(
+        self, num_records: int, rate: float, insecure_seed: int | None = None, owned: range | None = None
+    ) -> None:
         if num_records < 1:
             raise ConfigurationError(f"Expected num_records >= 1 to sample from, got num_records={num_records}.")
         if not (math.isfinite(rate) and 0 < rate <= 1):
@@ -46,15 +51,19 @@ class PoissonSampler:
             )
         self.num_records = num_records
         self.rate = float(rate)
+        self.owned = range(num_records) if owned is None else owned
         self.is_secret = insecure_seed is None
         key = secrets.token_bytes(16) if insecure_seed is None else _insecure_key(insecure_seed)
         self._stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
     def draw(self) -> Tensor:
-        """Return the records of the next step: distinct indices in rising order, int64, possibly none. Private."""
+        """Return the owned records of the next step: distinct indices in rising order, int64, possibly none. Private."""
         # Uniforms are multiples of 2^-53, so the executed rate is `rate` rounded up to such a multiple: 1e-16 above it.
-        joins = self._stream.random(self.num_records) < self.rate
-        return torch.from_numpy(np.flatnonzero(joins).astype(np.int64))
+        if self.is_secret:
+            joins = self._stream.random(len(self.owned)) < self.rate
+        else:  # the same coins however many processes there are
+            joins = self._stream.random(self.num_records)[self.owned.start : self.owned.stop : self.owned.step] < self.rate
+        return torch.from_numpy(self.owned.start + self.owned.step * np.flatnonzero(joins).astype(np.int64))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("A PoissonSampler holds a secret stream and cannot be pickled or copied; make a new one.")

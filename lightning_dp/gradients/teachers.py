@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError, DataError
+from lightning_dp.gradients.ranks import ALONE, Ranks
 
 FakeSource = Callable[[Tensor], Tensor]
 """Public labels (n,) in, what teachers judge of the generator's images out, detached: (n, *judged_shape)."""
@@ -133,6 +134,29 @@ class TeacherShards:
         positions = self.order[index]
         return torch.where(self.sizes[teachers].unsqueeze(1) > 0, positions, torch.zeros_like(positions))
 
+    def part(self, owned: range) -> "TeacherShards":
+        """Return some teachers with their records, numbered from 0; a function of the assignment alone.
+
+        Args:
+            owned: The teachers, in rising order.
+
+        Raises:
+            ConfigurationError: They hold no record, or there are none.
+        """
+        if len(owned) == self.num_teachers:
+            return self
+        teachers = torch.tensor(owned, dtype=torch.int64, device=self.assignment.device)
+        places = torch.full((self.num_teachers,), -1, dtype=torch.int64, device=self.assignment.device)
+        places[teachers] = torch.arange(len(owned), device=places.device)
+        found = places[self.assignment]
+        (mine,) = torch.nonzero(found >= 0, as_tuple=True)
+        if len(mine) == 0:
+            raise ConfigurationError(
+                f"Expected every process to hold a record, got one whose share of the {self.num_teachers} teachers has "
+                "none. Use fewer processes (trainer.devices, trainer.num_nodes), or more teachers."
+            )
+        return TeacherShards(self.images[mine], self.labels[mine], found[mine], len(owned))
+
     def to(self, device: torch.device | str) -> "TeacherShards":
         """Return the same shards with every tensor on `device`."""
         return TeacherShards(
@@ -206,8 +230,9 @@ class TeacherEnsemble(ABC):
         device: torch.device | str,
         seed: int,
         encode: Encoder | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Take the records and build the teachers.
+        """Take the records and build the teachers that this process owns.
 
         Args:
             shards: Records and who holds them.
@@ -216,6 +241,8 @@ class TeacherEnsemble(ABC):
             device: Where teachers live and work.
             seed: Public seed of the teachers' initial parameters.
             encode: Public map of images to what teachers judge; None when they judge images.
+            ranks: The processes of the run. A teacher, its records and its state live on the one that owns it, and
+                only there; ids of teachers are those among all.
 
         Raises:
             ConfigurationError: Shards do not fit the ensemble.
@@ -233,12 +260,12 @@ class TeacherEnsemble(ABC):
 
     @abstractmethod
     def row_chunks(self, fakes: Tensor, labels: Tensor, judges: Tensor | None = None) -> Iterator[RowChunk]:
-        """Yield rows for a batch of fakes, a bounded number of teachers at a time, each teacher once per query.
+        """Yield rows of the owned teachers for a batch of fakes, a bounded number of them at a time, each once per query.
 
         Args:
             fakes: What teachers judge of the fake images, (B, *judged_shape), detached.
             labels: Public labels of the fakes, int64, (B,).
-            judges: Which teachers speak, distinct, int64, (m,), m may be 0; None lets all of them. Private where they
+            judges: Which of them speak, distinct, int64, (m,), m may be 0; None lets all of them. Private where they
                 were drawn by secret coins: no teacher's training may depend on it.
         """
 
@@ -248,7 +275,10 @@ class TeacherEnsemble(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume. Private: it belongs into no released file."""
+        """Return everything needed to resume, on any number of processes. Private: it belongs into no released file.
+
+        All processes call it; the first one gets the state of all teachers, the others may get a part.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:

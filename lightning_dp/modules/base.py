@@ -14,6 +14,7 @@ from lightning_dp.accounting.events import Sampling
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.evaluation.classification import ClassificationResult
 from lightning_dp.evaluation.protocol import EvaluationProtocol, EvaluationResult, evaluate_samples
+from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.guard import ReleaseGuard
@@ -80,6 +81,7 @@ class PrivateModule(pl.LightningModule, ABC):
         self.planned_releases = 0
         self.logs_raw = False
         self.insecure_seed: int | None = None
+        self.ranks: Ranks = ALONE
 
     # What a method declares ------------------------------------------------------------------------------------------
 
@@ -199,6 +201,7 @@ class PrivateModule(pl.LightningModule, ABC):
             raise PrivacyProtocolError("A warm start comes before the first release of the method.")
         self._absorbed_releases += 1
         self.learn_from_samples(samples, steps=steps, learning_rate=learning_rate, seed=seed)
+        self.ranks.same([*self.parameters(), *self.buffers()])
 
     # The door --------------------------------------------------------------------------------------------------------
 
@@ -321,6 +324,8 @@ class PrivateModule(pl.LightningModule, ABC):
             raise PrivacyProtocolError(_NO_PRIVATIZER)
 
     def _admit_gradients(self) -> None:
+        # Each process has made them of the same released value.
+        self.ranks.same([p.grad for p in self._released_parameters() if p.grad is not None])
         if self._guard is not None:
             self._guard.admit()
 

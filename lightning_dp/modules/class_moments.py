@@ -129,26 +129,31 @@ class ClassMoments:
         """(cells, numbers in a row)."""
         return self.num_classes * self.num_components, 1 + self.dim + self._pairs.shape[1]
 
-    def rows(self, images: Tensor, labels: Tensor, placement: Placement) -> Iterator[RowChunk]:
+    def rows(
+        self, images: Tensor, labels: Tensor, placement: Placement, records: range | None = None
+    ) -> Iterator[RowChunk]:
         """Yield the rows of records, cell by cell.
 
         Args:
-            images: uint8, (N, C, H, W). Private.
-            labels: int64, (N,). Private.
+            images: uint8, (n, C, H, W). Private.
+            labels: int64, (n,). Private.
             placement: Public or released.
+            records: Ids of these records among all, in their order; None if these are all.
 
         Raises:
-            ConfigurationError: More records than the sums can hold exactly.
+            ConfigurationError: More records in all than the sums can hold exactly.
         """
-        if len(images) > _MAX_RECORDS:
-            raise ConfigurationError(f"Expected at most {_MAX_RECORDS} records for exact sums, got {len(images)}.")
+        records = range(len(images)) if records is None else records
+        if records.stop > _MAX_RECORDS:
+            raise ConfigurationError(f"Expected at most {_MAX_RECORDS} records for exact sums, got {records.stop}.")
         parts = zip(images.split(_PROJECTED), labels.split(_PROJECTED), strict=True)
         found = [self.directions(some, classes, placement) for some, classes in parts]
         cells, directions = torch.cat([c for c, _ in found]), torch.cat([u for _, u in found])
         for cell in cells.unique().tolist():
             for ids in (cells == cell).nonzero()[:, 0].split(self.chunk_size):
                 rows = self.encoded(directions[ids])
-                yield RowChunk(teacher_ids=ids, values=rows[:, None], queries=slice(cell, cell + 1))
+                of_all = records.start + records.step * ids
+                yield RowChunk(teacher_ids=of_all, values=rows[:, None], queries=slice(cell, cell + 1))
 
     def directions(self, images: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
         """Return cell, (n,), and u, float64, (n, D), of each record; each by itself, whatever the others are.

@@ -157,7 +157,8 @@ class DPGAN(RecordModule):
         parameters = trainable_parameters(self.critic).values()
         shape = (1, sum(parameter.numel() for parameter in parameters))
         released = self.release(self.record_rows(self.draw_records()), shape)
-        of_fakes = self.reference(PublicRows(self._fake_rows()), shape, number=released.number, num_rows=self.num_fakes)
+        fakes = PublicRows(self._fake_rows(), is_share=True)
+        of_fakes = self.reference(fakes, shape, number=released.number, num_rows=self.num_fakes)
         self.assign_released(parameters, released.map(lambda of_records: (of_records + of_fakes) / 2))
         critic.step()
         is_due = self.schedule.after_critic_step()
@@ -183,11 +184,12 @@ class DPGAN(RecordModule):
         return F.softplus(critic(image, one_hot(label, self.generator.num_classes))).sum()
 
     def _fake_rows(self) -> Iterator[RecordChunk]:
-        """Yield the critic's gradients at public fakes: public rows."""
+        """Yield the critic's gradients at this process' share of public fakes: public rows."""
         with torch.no_grad():
             fakes, labels = self._fakes(_CRITIC_FAKES)
         at_once = self.source.records_at_once(self.critic, self._loss_of_fake, (fakes, labels))
-        for ids in torch.arange(self.num_fakes, device=self.device).split(at_once):
+        mine = torch.tensor(self.ranks.owned(self.num_fakes), dtype=torch.int64, device=self.device)
+        for ids in mine.split(at_once):
             batch = (fakes[ids], labels[ids])
             yield from self.source.gradients(self.critic, self._loss_of_fake, batch, ids=ids)
 
@@ -201,11 +203,14 @@ class DPGAN(RecordModule):
         """Take one generator step against the critic, which is released: no record is seen."""
         fakes, labels = self._fakes(_GENERATOR_FAKES)
         logits = self.critic(fakes, one_hot(labels, self.generator.num_classes))
-        self.schedule.before_generator_step((logits < 0).float().mean().item())
+        accuracy = (logits.detach() < 0).float().mean()
+        self.ranks.same([accuracy])
+        self.schedule.before_generator_step(accuracy.item())
         parameters = [parameter for parameter in self.generator.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(F.softplus(-logits).mean(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        self.ranks.same([gradient for gradient in gradients if gradient is not None])
         optimizer.step()
         self.log("public/critic_steps", float(self.schedule.critic_steps))
         self.log("public/fake_accuracy", float(self.schedule.fake_accuracy or 0.0))

@@ -89,20 +89,22 @@ class MeanEmbedding:
         """(classes, numbers in a row)."""
         return self.num_classes, 2 * self.num_frequencies + 1
 
-    def rows(self, images: Tensor, labels: Tensor) -> Iterator[RowChunk]:
+    def rows(self, images: Tensor, labels: Tensor, records: range | None = None) -> Iterator[RowChunk]:
         """Yield the rows of records, grouped by class within each chunk.
 
         Args:
-            images: uint8, (N, C, H, W). Private.
-            labels: int64, (N,). Private.
+            images: uint8, (n, C, H, W). Private.
+            labels: int64, (n,). Private.
+            records: Ids of these records among all, in their order; None if these are all.
 
         Raises:
-            ConfigurationError: More records than the sums can hold exactly.
+            ConfigurationError: More records in all than the sums can hold exactly.
         """
-        if len(images) > _MAX_RECORDS:
-            raise ConfigurationError(f"Expected at most {_MAX_RECORDS} records for exact sums, got {len(images)}.")
-        records = torch.arange(len(images), device=images.device)
-        parts = zip(*(t.split(self.chunk_size) for t in (records, images, labels)), strict=True)
+        records = range(len(images)) if records is None else records
+        if records.stop > _MAX_RECORDS:
+            raise ConfigurationError(f"Expected at most {_MAX_RECORDS} records for exact sums, got {records.stop}.")
+        of_all = torch.tensor(records, dtype=torch.int64, device=images.device)
+        parts = zip(*(t.split(self.chunk_size) for t in (of_all, images, labels)), strict=True)
         for ids, some, classes in parts:
             rows = self.encoded(some)
             for label in classes.unique().tolist():

@@ -87,7 +87,7 @@ class DPMERF(OneShotModule):
     @override
     def release_statistics(self) -> tuple[Released, dict[str, Tensor]]:
         embedding = self.embedding()
-        rows = embedding.rows(self.private_images(), self.private_labels())
+        rows = embedding.rows(self.private_images(), self.private_labels(), self.own_records)
         released = self.release(rows, embedding.release_shape)
         self.num_averaged += 1
         self.average += (released.value - self.average) / self.num_averaged

@@ -69,6 +69,6 @@ class MomentsModule(OneShotModule):
     def release_statistics(self) -> tuple[Released, dict[str, Tensor]]:
         rounds = self.rounds
         rounds.public_seed = self.public_seed
-        rows = rounds.rows(self.private_images(), self.private_labels())
+        rows = rounds.rows(self.private_images(), self.private_labels(), self.own_records)
         released = self.release(rows, rounds.statistics.release_shape)
         return released, rounds.absorb(released, self.planned_releases)

@@ -95,9 +95,9 @@ class MomentsRounds(nn.Module):
         clip = self.clip if self.num_done == 0 else self.cell_clip
         return Placement(centres=self.centres, in_use=self.in_use, clip=clip)
 
-    def rows(self, images: Tensor, labels: Tensor) -> Iterator[RowChunk]:
+    def rows(self, images: Tensor, labels: Tensor, records: range | None = None) -> Iterator[RowChunk]:
         """Yield the private rows of the next release; see `ClassMoments.rows`."""
-        return self.statistics.rows(images, labels, self.placement)
+        return self.statistics.rows(images, labels, self.placement, records)
 
     # What they tell: post-processing ---------------------------------------------------------------------------------
 

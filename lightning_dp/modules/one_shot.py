@@ -65,14 +65,19 @@ class OneShotModule(PrivateModule):
         """
 
     def private_images(self) -> Tensor:
-        """Return all training images, uint8, (N, C, H, W). Private."""
+        """Return the training images that this process owns, uint8, (n, C, H, W). Private."""
         images: Tensor = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
-        return images.to(self.device)
+        return images[self.own_records.start :: self.own_records.step].to(self.device)
 
     def private_labels(self) -> Tensor:
-        """Return all training labels, int64, (N,). Private."""
+        """Return their labels, int64, (n,). Private."""
         labels: Tensor = self.trainer.datamodule.train_labels  # type: ignore[attr-defined]
-        return labels.to(self.device)
+        return labels[self.own_records.start :: self.own_records.step].to(self.device)
+
+    @property
+    def own_records(self) -> range:
+        """Which records this process owns; public."""
+        return self.ranks.owned(self.facts.num_records)
 
     def _take(self, found: tuple[Released, dict[str, Tensor]]) -> None:
         released, fitted = found

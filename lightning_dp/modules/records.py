@@ -93,10 +93,15 @@ class PoissonModule(PrivateModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             # New coins at every start of a process: a resumed run must not sample the batches of the first again.
-            self._sampler = PoissonSampler(self.facts.num_records, self.sampling.rate, insecure_seed=self.insecure_seed)
+            self._sampler = PoissonSampler(
+                self.facts.num_records,
+                self.sampling.rate,
+                insecure_seed=self.insecure_seed,
+                owned=self.ranks.owned(self.facts.num_records),
+            )
 
     def draw_records(self) -> Tensor:
-        """Return the private indices of the records of this step, int64 on the CPU; possibly none."""
+        """Return the private indices of this process' records in this step, int64 on the CPU; possibly none."""
         if self._sampler is None:
             raise PrivacyProtocolError("Records are drawn after setup(), which the trainer calls.")
         return self._sampler.draw()

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.gradients.ranks import ALONE, Ranks, checksum
 from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
@@ -53,9 +54,11 @@ class PublicRows:
 
     Attributes:
         chunks: The rows.
+        is_share: Whether each process brings rows of its own; if not, each brings all of them.
     """
 
     chunks: Iterable[RecordChunk]
+    is_share: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class ReleaseSession:
         noise: The secret noise source.
         public_seed: Seed of public randomness.
         may_release: Asked before each release whether the budget still holds the event; raises if it does not.
-        reduce: Sums the total over ranks; the identity on one process.
+        ranks: The processes of the run, whose rows meet in the sum.
         log_raw: Takes numbers computed from private rows without noise; None computes none.
     """
 
@@ -96,7 +99,7 @@ class ReleaseSession:
         noise: NoiseSource,
         public_seed: int,
         may_release: Callable[[ReleaseEvent, Sampling], None],
-        reduce: Callable[[Tensor], Tensor] = lambda total: total,
+        ranks: Ranks = ALONE,
         log_raw: Callable[[str, float], None] | None = None,
     ) -> None:
         mechanism.check(plan.spec)
@@ -108,7 +111,8 @@ class ReleaseSession:
         self._noise = noise
         self._public_seed = public_seed
         self._may_release = may_release
-        self._reduce = reduce
+        self._ranks = ranks
+        self._seen = 0  # what this process knows of the last release, for the others to compare
         self._log_raw = log_raw
         self._may_still_release = False
 
@@ -128,10 +132,11 @@ class ReleaseSession:
             )
 
     def release(self, chunks: Iterable[RecordChunk], shape: tuple[int, int], device: torch.device) -> Released:
-        """Encode and sum all rows, charge the ledger, add noise once, decode.
+        """Charge the ledger, encode and sum all rows over all processes, add noise once, decode.
 
-        The number under which the ledger will hold the release also names its coins and its noise. The ledger entry is
-        on disk before any noise is drawn; when encoding fails, nothing has been drawn and nothing leaves.
+        The number under which the ledger holds the release also names its coins and its noise. The ledger entry is on
+        the disk of process 0 before any process draws noise; when one of them fails, or goes another way, nothing has
+        been drawn and nothing leaves. All then draw the same noise, so all hold the same released value.
 
         Args:
             chunks: Private rows, chunk by chunk.
@@ -143,22 +148,28 @@ class ReleaseSession:
 
         Raises:
             PrivacyProtocolError: A second release in one step, or one that would cross the budget.
+            PeerError: Another process failed, or is gone.
         """
         if not self._may_still_release:
             raise PrivacyProtocolError(
                 "release() was called twice in one training step (or outside of one), but the budget was planned for "
                 "one release a step. Put everything that leaves in a step into one release."
             )
-        self._may_release(self.event, self.sampling)
-        self._may_still_release = False
-        number = self.ledger.append(self.event, self.sampling)
-        total = self._reduce(self._encoded_sum(chunks, shape[0], device, number, is_private=True))
+        number = len(self.ledger) + 1
+        with self._ranks.together(number, f"{self.event} {self.sampling} {shape}", self._seen):
+            self._may_release(self.event, self.sampling)
+            self._may_still_release = False
+            self.ledger.append(self.event, self.sampling)
+            total = self._encoded_sum(chunks, shape[0], device, number, is_private=True)
+        total = self._ranks.sum(total)
         if self._log_raw is not None and self.mechanism.is_private:
             noise_energy = self.mechanism.noise_std(self.plan) * total.numel() ** 0.5
             self._log_raw("raw/signal_to_noise", float(total.double().norm()) / noise_energy)
         value = self.mechanism.release(
             total, self.plan, self._noise, release_number=number, public_seed=self._public_seed
         )
+        if self._ranks.size > 1:
+            self._seen = checksum([value])
         return Released(value, number, _DOOR, self.mechanism.noise_std(self.plan))
 
     def reference(
@@ -188,7 +199,8 @@ class ReleaseSession:
                 "reference() adds no noise, so it takes PublicRows only: wrap rows that were computed from public and "
                 "released values. Rows of an ensemble go through release()."
             )
-        total = self._encoded_sum(rows.chunks, shape[0], device, number, is_private=False).to(torch.float64)
+        total = self._encoded_sum(rows.chunks, shape[0], device, number, is_private=False)
+        total = (self._ranks.sum(total) if rows.is_share else total).to(torch.float64)
         total *= self.plan.spec.rows_per_vector / num_rows
         return self.mechanism.reference(total, self.plan, release_number=number, public_seed=self._public_seed)
 

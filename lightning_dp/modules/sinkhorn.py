@@ -172,7 +172,9 @@ class DPSinkhorn(PoissonModule):
         points, labels = self.generated_points()
         generated = PointCloud(points.detach(), labels)
         _, own = self_term(generated, self.images_per_step, cost=self.cost, solver=self.solver)
-        rows = self.joint_rows(self.draw_records(), generated[: self.images_per_step], own)
+        # The batch comes together, and one process computes what couples it: the row counts once.
+        records = self.ranks.gather(self.draw_records()).sort().values
+        rows = self.joint_rows(records, generated[: self.images_per_step], own) if self.ranks.rank == 0 else ()
         released = self.release(rows, self.release_shape)
         self.backward_released(points, self._with_public_part(released, own))
         optimizer, schedule = self.optimizers(), self.lr_schedulers()

@@ -239,19 +239,25 @@ class TeacherEnsembleGAN(PrivateModule):
         device = self.trainer.strategy.root_device
         self.to(device)
         self.teachers.bind(
-            shards.to(device),
+            shards,
             num_classes=data.num_classes,
             image_shape=data.image_shape,
             device=device,
             seed=self.public_seed,
             encode=self.basis,
+            ranks=self.ranks,
         )
         if self.expected_judges is not None:
             # New coins at every start of a process: a resumed run must not draw the judges of the first again.
-            self._sampler = PoissonSampler(self._num_teachers, self.sampling.rate, insecure_seed=self.insecure_seed)
+            self._sampler = PoissonSampler(
+                self._num_teachers,
+                self.sampling.rate,
+                insecure_seed=self.insecure_seed,
+                owned=self.ranks.owned(self._num_teachers),
+            )
 
     def draw_judges(self) -> Tensor | None:
-        """Return who judges in this step, private indices of teachers, possibly none; None if all do."""
+        """Return which owned teachers judge in this step, private indices, possibly none; None if all do."""
         if self.expected_judges is None:
             return None
         if self._sampler is None:

@@ -116,9 +116,9 @@ class WarmStart(ABC):
         data = module.trainer.datamodule  # type: ignore[attr-defined]
         session = open_session(warm.mechanism, warm.plan, warm.sampling)
         session.begin_step()
-        images, labels = self.released_samples(
-            session, data.train_images.to(module.device), data.train_labels.to(module.device), seed=seed
-        )
+        own = module.ranks.owned(module.facts.num_records)
+        private = (part[own.start :: own.step].to(module.device) for part in (data.train_images, data.train_labels))
+        images, labels = self.released_samples(session, *private, own, seed=seed)
         session.end_step()
         module.take_warm_start(
             PublicSamples(images.to(module.device), labels.to(module.device)),
@@ -137,14 +137,15 @@ class WarmStart(ABC):
 
     @abstractmethod
     def released_samples(
-        self, session: ReleaseSession, images: Tensor, labels: Tensor, *, seed: int
+        self, session: ReleaseSession, images: Tensor, labels: Tensor, records: range, *, seed: int
     ) -> tuple[Tensor, Tensor]:
         """Make the one release of the session, and return samples of it, (samples, C, H, W) in [0, 1] and labels.
 
         Args:
             session: The door.
-            images: uint8, (N, C, H, W). Private.
-            labels: int64, (N,). Private.
+            images: uint8, (n, C, H, W). Private.
+            labels: int64, (n,). Private.
+            records: Their ids among all.
             seed: Public seed of the samples.
         """
 
@@ -201,12 +202,12 @@ class MomentsWarmStart(WarmStart):
         return self._rounds.statistics.contribution_spec()
 
     def released_samples(  # noqa: D102
-        self, session: ReleaseSession, images: Tensor, labels: Tensor, *, seed: int
+        self, session: ReleaseSession, images: Tensor, labels: Tensor, records: range, *, seed: int
     ) -> tuple[Tensor, Tensor]:
         if self._generator is None:
             raise PrivacyProtocolError("plan_release() comes first.")
         rounds, generator = self._rounds.to(images.device), self._generator.to(images.device)
-        released = session.release(rounds.rows(images, labels), rounds.statistics.release_shape, images.device)
+        released = session.release(rounds.rows(images, labels, records), rounds.statistics.release_shape, images.device)
         fitted = rounds.absorb(released, 1)
         with torch.no_grad():
             for name, parameter in generator.named_parameters():
