@@ -245,8 +245,8 @@ class GradientPrivatizer(pl.Callback):
         """Refuse trainer settings that would spoil the guarantee; the command line asks before a folder is made.
 
         Raises:
-            ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, another strategy,
-                numbers without noise sent to W&B, or a checkpoint that others could read.
+            ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, a strategy
+                that averages, numbers without noise sent to W&B, or a checkpoint that others could read.
         """
         self._refuse_raw_online(trainer)
         _refuse_open_checkpoints(trainer)

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.cli.processes import process_number
+from lightning_dp.errors import ConfigurationError, PeerError, PrivacyProtocolError
 
 USAGE = """lightning-dp: differentially private generative models on PyTorch Lightning
 
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes them from the process.
 
     Returns:
-        Exit code: 0 done, 1 a broken privacy protocol, 2 a mistake of the user in one line, 130 interrupted.
+        Exit code: 0 done, 1 a broken privacy protocol or a lost process, 2 a mistake of the user in one line, 130
+        interrupted.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -58,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}", 2)
     except PrivacyProtocolError as error:
         return _fail(f"privacy protocol broken: {error}", 1)
+    except PeerError as error:
+        return 1 if process_number() else _fail(f"{error}", 1)  # told once; whoever failed has its own line
     except KeyboardInterrupt as error:
-        return _fail(str(error) or "interrupted", 130)
+        return 130 if process_number() else _fail(str(error) or "interrupted", 130)
 
 
 def _quieten() -> None:
@@ -70,7 +74,7 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about Lightning's calls, not ours
     logging.basicConfig(format="%(message)s")
     for name in ("callbacks", "lightning_dp", "datamodules"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.WARNING if process_number() else logging.INFO)
     for message in (".*LeafSpec.*", ".*args parameter is intended to run.*", ".*does not have many workers.*"):
         warnings.filterwarnings("ignore", message=message)
 
@@ -98,5 +102,6 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"lightning-dp: error: {' '.join(message.split())}", file=sys.stderr)
+    where = f"process {process_number()}: " * (process_number() > 0)
+    print(f"lightning-dp: {where}error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -35,6 +35,8 @@ def fit(arguments: list[str]) -> int:
     check_config_files(arguments)
     cli = FitCLI(arguments)
     card = cli.run()
+    if card is None:
+        return 0  # another process tells
     console = Console()
     console.print(metrics_table(card))
     console.print(card.claim_statement)

@@ -20,11 +20,13 @@ from callbacks import (
     RunFolder,
     SampleGrid,
 )
+from callbacks.private_ddp import STRATEGY
 from callbacks.run_folder import GRID_FILE, LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
 from datamodules import ImageDataModule
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import one_line
+from lightning_dp.cli.processes import process_number
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.evaluation.report import RunCard
@@ -136,7 +138,9 @@ class FitCLI(LightningCLI):
         plain = self.resolved()
         own = self._callbacks(privatizer, plain)
         given: dict[str, Any] = {"callbacks": [*_given_callbacks(options.trainer), *own], "logger": False}
-        if options.trainer.logger is not False:
+        if options.trainer.strategy == "auto" and _wants_many(options.trainer):
+            given["strategy"] = STRATEGY
+        if options.trainer.logger is not False and not (_wants_many(options.trainer) and process_number()):
             # Numbers without noise lie beside the teachers, where other users cannot read, and stay on this machine.
             raw = options.telemetry.raw
             given["logger"] = make_loggers(
@@ -150,8 +154,9 @@ class FitCLI(LightningCLI):
             )
         trainer = super().instantiate_trainer(**given, **kwargs)
         privatizer.check_trainer(trainer)
-        make_run_dir(self.run_dir)
-        (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
+        if trainer.is_global_zero:
+            make_run_dir(self.run_dir)
+            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
         return trainer
 
     def plan_privacy(self) -> tuple[GradientPrivatizer, PrivacyBudget]:
@@ -208,8 +213,8 @@ class FitCLI(LightningCLI):
         """The public seed of the run."""
         return int(self.config.seed_everything)
 
-    def run(self) -> RunCard:
-        """Train to the end of the budget and return the run card.
+    def run(self) -> RunCard | None:
+        """Train to the end of the budget and return the run card; None on another process than the first.
 
         Raises:
             KeyboardInterrupt: The run was interrupted; the message says how to go on.
@@ -230,6 +235,8 @@ class FitCLI(LightningCLI):
         finally:
             finish(self.trainer.loggers)
         if self.run_folder.card is None:
+            if not self.trainer.is_global_zero and not self.trainer.interrupted:
+                return None
             raise KeyboardInterrupt(
                 f"The run in {self.run_dir} was interrupted; go on with the same command and --run_dir {self.run_dir} "
                 "--ckpt_path last."
@@ -353,6 +360,11 @@ def _refuse_own(trainer: Any) -> None:
         )
     if trainer.logger not in (None, True, False):
         raise ConfigurationError("trainer.logger is made by --wandb and the run folder; leave it out, or set false.")
+
+
+def _wants_many(trainer: Any) -> bool:
+    """Tell whether more than one process may be asked for."""
+    return trainer.devices not in (1, "1") or trainer.num_nodes > 1
 
 
 def _given_callbacks(trainer: Any) -> list[Callback]:

@@ -1,6 +1,7 @@
 """Teachers that are discriminators, each trained on its own shard: the ensemble of DataLens and G-PATE.
 
-Shapes: T teachers, t of them on this process (every W-th of W processes), n of one chunk, B samples of a batch, y classes, d numbers of one native output.
+Shapes: T teachers, t of them on this process (every W-th of W processes), n of one chunk, B samples of a batch, y
+classes, d numbers of one native output.
 """
 
 import math
@@ -73,7 +74,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
     """One discriminator and one Adam per shard; a row is the way a teacher would move the fake images.
 
     State lies in stacked tensors (t, ...) whichever backend computes, and is saved as (T, ...), so checkpoints move
-    between backends, chunk sizes, devices and numbers of processes. Adam is element-wise: run on a slice of the stack it is one Adam per teacher. Nothing else is kept.
+    between backends, chunk sizes, devices and numbers of processes. Adam is element-wise: run on a slice of the stack
+    it is one Adam per teacher. Nothing else is kept.
 
     Differs: the fakes of a round are made once, for every label at every batch position, and teachers pick by
     their own labels; the published program runs the generator on the private labels of each teacher. With a generator

@@ -57,12 +57,13 @@ class PoissonSampler:
         self._stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
     def draw(self) -> Tensor:
-        """Return the owned records of the next step: distinct indices in rising order, int64, possibly none. Private."""
+        """Return the owned records of the next step: distinct indices, rising, int64, possibly none. Private."""
         # Uniforms are multiples of 2^-53, so the executed rate is `rate` rounded up to such a multiple: 1e-16 above it.
         if self.is_secret:
             joins = self._stream.random(len(self.owned)) < self.rate
         else:  # the same coins however many processes there are
-            joins = self._stream.random(self.num_records)[self.owned.start : self.owned.stop : self.owned.step] < self.rate
+            mine = slice(self.owned.start, self.owned.stop, self.owned.step)
+            joins = self._stream.random(self.num_records)[mine] < self.rate
         return torch.from_numpy(self.owned.start + self.owned.step * np.flatnonzero(joins).astype(np.int64))
 
     def __reduce__(self) -> NoReturn:

@@ -260,7 +260,7 @@ class TeacherEnsemble(ABC):
 
     @abstractmethod
     def row_chunks(self, fakes: Tensor, labels: Tensor, judges: Tensor | None = None) -> Iterator[RowChunk]:
-        """Yield rows of the owned teachers for a batch of fakes, a bounded number of them at a time, each once per query.
+        """Yield rows of the owned teachers for a batch of fakes, a few teachers at a time, each once per query.
 
         Args:
             fakes: What teachers judge of the fake images, (B, *judged_shape), detached.

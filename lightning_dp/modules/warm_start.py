@@ -117,8 +117,10 @@ class WarmStart(ABC):
         session = open_session(warm.mechanism, warm.plan, warm.sampling)
         session.begin_step()
         own = module.ranks.owned(module.facts.num_records)
-        private = (part[own.start :: own.step].to(module.device) for part in (data.train_images, data.train_labels))
-        images, labels = self.released_samples(session, *private, own, seed=seed)
+        mine, device = slice(own.start, None, own.step), module.device
+        images, labels = self.released_samples(
+            session, data.train_images[mine].to(device), data.train_labels[mine].to(device), own, seed=seed
+        )
         session.end_step()
         module.take_warm_start(
             PublicSamples(images.to(module.device), labels.to(module.device)),

@@ -98,7 +98,14 @@ MISTAKES = {
     # what would spoil the guarantee, or be ignored
     "gradient clipping": (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val=1", "leave it out"]),
     "accumulation": (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "set it to 1"]),
-    "devices": (["--trainer.devices", "2"], ["Expected one process, got 2"]),
+    "averaged gradients": (
+        ["--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        ["trainer.strategy=private_ddp", "got DDPStrategy", "averages"],
+    ),
+    "batch statistics of all processes": (
+        ["--trainer.devices", "2", "--trainer.sync_batchnorm", "true"],
+        ["trainer.sync_batchnorm", "Leave it out"],
+    ),
     "double precision": (["--trainer.precision", "64-true"], ["trainer.precision 32-true or bf16-mixed"]),
     "no checkpoints": (["--trainer.enable_checkpointing", "false"], ["no way to resume", "--checkpoint_every"]),
     "barebones": (["--trainer.barebones", "true"], ["no way to resume"]),
