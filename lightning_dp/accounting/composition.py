@@ -16,7 +16,6 @@ from typing import Literal, TypeAlias
 import dp_accounting
 import numpy as np
 from dp_accounting import NeighboringRelation
-from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp import compute_epsilon as convert_rdp
 from numpy.typing import NDArray
@@ -33,6 +32,7 @@ from lightning_dp.accounting.events import (
     ZCDPRelease,
     relation_name,
 )
+from lightning_dp.accounting.gaussian_loss import one_gaussian_release
 from lightning_dp.accounting.sampled_curve import discrete_gaussian_rdp
 from lightning_dp.accounting.ternary import ternary_rdp
 from lightning_dp.accounting.von_mises_fisher import von_mises_fisher_rdp
@@ -315,26 +315,13 @@ def _pld(terms: Terms, delta: float, relation: NeighboringRelation, *, is_rough:
     for event, sampling, count in terms:
         noise_multiplier = float(min(factor * event.noise_multiplier, _MAX_RENYI_MU))  # type: ignore[union-attr]
         if sampling == _FULL:
-            part = _one_release(noise_multiplier / math.sqrt(count), 1.0, relation, interval)
+            part = one_gaussian_release(noise_multiplier / math.sqrt(count), 1.0, relation, interval)
         else:
-            part = _one_release(noise_multiplier, sampling.rate, relation, interval).self_compose(count)
+            part = one_gaussian_release(noise_multiplier, sampling.rate, relation, interval).self_compose(count)
         composed = part if composed is None else composed.compose(part)
     assert composed is not None  # `compose` answers for no terms
     notes = _ternary_as_gaussian(event for event, _, _ in terms)
     return EpsilonResult(float(composed.get_epsilon_for_delta(delta)), "pld", notes)
-
-
-@lru_cache(maxsize=32)  # some megabytes each
-def _one_release(
-    noise_multiplier: float, rate: float, relation: NeighboringRelation, interval: float
-) -> privacy_loss_distribution.PrivacyLossDistribution:
-    """Return dp-accounting's distribution of one release; most of the time of an answer, and the same for any count."""
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=noise_multiplier,
-        value_discretization_interval=interval,
-        sampling_prob=rate,
-        neighboring_relation=relation,
-    )
 
 
 def _pld_factor(relation: NeighboringRelation) -> float:
