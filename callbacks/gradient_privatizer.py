@@ -134,24 +134,7 @@ class GradientPrivatizer(pl.Callback):
         pl_module.planned_releases = budget.num_own
         pl_module.insecure_seed = self.accountant.privacy.insecure_seed
         pl_module.ranks = ranks_of(trainer.strategy)
-        settings = self.accountant.privacy
-        header = {
-            "relation": relation_name(settings.relation),
-            "unit": self._plan.spec.unit,
-            "mechanism": self._mechanism_name,
-            "target_delta": settings.target_delta,
-            "accountant": settings.accountant,
-            "unverified": [
-                *["that noise is secret: privacy.insecure_seed fixes it"] * (settings.insecure_seed is not None),
-                *pl_module.unverified,
-            ],
-            "conditional_on": [*pl_module.conditional_on, *[_RAW_LOGS] * self.raw_telemetry],
-            "plan": pl_module.public_plan(),
-            "planned": plan_header(self._planned(pl_module, budget)),
-            "dataset": data.name,
-            "num_records": data.num_records,
-            "fingerprint": data.fingerprint,
-        }
+        header = self.public_header(pl_module, data, budget)
         own = (self.mechanism.step_event(self._plan), pl_module.sampling)
         self.accountant.open(budget, header, next_release=own, ranks=pl_module.ranks)
         plan = f"Privacy: {budget.num_releases} releases of {self._mechanism_name}"
@@ -165,6 +148,33 @@ class GradientPrivatizer(pl.Callback):
             f"{plan}, noise multiplier {budget.noise_multiplier:.4g} (noise std "
             f"{self.mechanism.noise_std(self._plan):.4g}), {budgeted}."
         )
+
+    def public_header(self, module: PrivateModule, data: PublicFacts, budget: PrivacyBudget) -> dict[str, Any]:
+        """Return the public facts of a planned run, as the header of its ledger holds them.
+
+        Args:
+            module: The method.
+            data: Public facts of the data.
+            budget: What `plan_run` returned.
+        """
+        settings = self.accountant.privacy
+        return {
+            "relation": relation_name(settings.relation),
+            "unit": self._plan.spec.unit,
+            "mechanism": self._mechanism_name,
+            "target_delta": settings.target_delta,
+            "accountant": settings.accountant,
+            "unverified": [
+                *["that noise is secret: privacy.insecure_seed fixes it"] * (settings.insecure_seed is not None),
+                *module.unverified,
+            ],
+            "conditional_on": [*module.conditional_on, *[_RAW_LOGS] * self.raw_telemetry],
+            "plan": module.public_plan(),
+            "planned": plan_header(self._planned(module, budget)),
+            "dataset": data.name,
+            "num_records": data.num_records,
+            "fingerprint": data.fingerprint,
+        }
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,10 +10,12 @@ from typing_extensions import override
 
 from lightning_dp.accounting.accountants import would_exceed
 from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger, ledger_plan, spent_epsilon
+from lightning_dp.accounting.composition import Counts
+from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest, needed_by
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
-from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.errors import ConfigurationError, LedgerError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks
 
 _logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class PrivacyAccountant(pl.Callback):
     Args:
         privacy: The user's privacy settings.
         ledger_path: File of the ledger; None keeps it in memory and in checkpoints only.
+        dataset_budget: The budget that all runs on the same data share; None, or one without a folder, for none.
 
     Attributes:
         budget: What was decided beforehand; None before setup.
@@ -38,9 +41,16 @@ class PrivacyAccountant(pl.Callback):
         epsilon_releases: How many releases that epsilon covers; where records are sampled, fewer than were made.
     """
 
-    def __init__(self, *, privacy: PrivacySettings, ledger_path: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        privacy: PrivacySettings,
+        ledger_path: Path | None = None,
+        dataset_budget: DatasetBudgetSettings | None = None,
+    ) -> None:
         self.privacy = privacy
         self.ledger_path = ledger_path
+        self.dataset_budget = dataset_budget or DatasetBudgetSettings()
         self.budget: PrivacyBudget | None = None
         self.epsilon: float | None = None
         self.epsilon_releases = 0
@@ -48,6 +58,7 @@ class PrivacyAccountant(pl.Callback):
         self._num_restored = 0
         self._next: tuple[ReleaseEvent, Sampling] | None = None
         self._ranks = ALONE
+        self._reserved: Counts | None = None
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -91,11 +102,14 @@ class PrivacyAccountant(pl.Callback):
 
     def _open(self, header: dict[str, Any]) -> None:
         """Open the file of the ledger, or a ledger in memory."""
+        header = {**header, "dataset_budget": True} if self.dataset_budget.folder is not None else header
         if self.ledger_path is None or not self.ledger_path.exists():
-            self._ledger = PrivacyLedger({**header, "run_id": secrets.token_hex(8)}, self.ledger_path)
+            run_id = self.dataset_budget.reservation or secrets.token_hex(8)
+            self._ledger = PrivacyLedger({**header, "run_id": run_id}, self.ledger_path)
+            self._join_dataset(is_new=True)
             return
         self._ledger = PrivacyLedger.reopen(self.ledger_path)
-        for name, value in header.items():
+        for name, value in {"dataset_budget": None, **header}.items():
             found = self._ledger.header.get(name)
             # Another plan may be carried out; the first one stays in the ledger, and the claim says what became of it.
             if found != value and name != "planned":
@@ -107,6 +121,66 @@ class PrivacyAccountant(pl.Callback):
                     f"The ledger {self.ledger_path} was opened with {name}={found!r}, now {name}={value!r}. "
                     "Resume with the settings of the run, or start a new run in another --run_dir."
                 )
+        self._join_dataset(is_new=False)
+
+    def _join_dataset(self, *, is_new: bool) -> None:
+        """Reserve what this run may release; a new run that is refused leaves no ledger behind."""
+        if self.dataset_budget.folder is None:
+            return
+        try:
+            self._reserve()
+        except BaseException:
+            self.ledger.close()
+            if is_new and self.ledger_path is not None:
+                self.ledger_path.unlink()  # empty, and ours: nothing can have been released
+            raise
+        self.ledger.on_first_append(self._note)
+
+    def _reserve(self) -> None:
+        """Reserve all that this run may release beyond what it holds already."""
+        if self.ledger_path is None:
+            raise ConfigurationError("A run within a data set's budget needs a ledger on disk: give it a ledger_path.")
+        run = str(self.ledger.header["run_id"])
+        needed = needed_by(
+            self.ledger,
+            planned=ledger_plan(self.ledger) or {},
+            next_release=self._next,
+            num_releases=self._budget.num_releases,
+        )
+        name = str(self.ledger_path.parent.absolute())
+        request = RunRequest(run=run, name=name, header=self.ledger.header, needed=needed)
+        self._dataset.reserve(self.dataset_budget, [request])
+        if len(self.ledger):
+            self._note()  # refuses an older copy of the run folder
+        self._reserved = needed
+        state = self._dataset.state()
+        _logger.info(
+            f"Budget of {state.terms.dataset} (epsilon={state.terms.epsilon:g}, delta={state.terms.delta:g}): "
+            f"{100 * min(1.0, state.spent):.3g} % reserved by {len(state.runs)} runs, this one included."
+        )
+
+    @property
+    def _dataset(self) -> DatasetBudget:
+        return DatasetBudget(Path(self.dataset_budget.folder or ""))
+
+    def _note(self) -> None:
+        self._dataset.note(str(self.ledger.header["run_id"]), self.ledger)
+
+    def _close(self) -> None:
+        """Close the ledger; a reservation on which nothing was released goes back, any other stays."""
+        if self._ledger is None or self._ledger.path is None:
+            return
+        if self._reserved is not None:
+            self._reserved = None
+            try:
+                if len(self._ledger):
+                    self._note()
+                else:
+                    self._dataset.give_back(str(self._ledger.header["run_id"]), self._ledger)
+            except LedgerError as error:
+                # What is reserved stays reserved, which costs budget and never understates.
+                _logger.warning(f"The reservation of this run stays as it is: {error}")
+        self._ledger.close()
 
     def speak(self) -> None:
         """Bring `epsilon` up to the newest release; where records are sampled, that can take longer than a step."""
@@ -128,6 +202,12 @@ class PrivacyAccountant(pl.Callback):
             raise PrivacyProtocolError(
                 f"The next release would cross the budget (epsilon={self._budget.epsilon:g}, "
                 f"delta={self._budget.delta:g}, {self._budget.num_releases} releases). The run ends here."
+            )
+        key = (event, sampling)
+        if self._reserved is not None and self.ledger.counts().get(key, 0) >= self._reserved.get(key, 0):
+            raise PrivacyProtocolError(
+                f"The next release was not reserved in the data set's budget {self.dataset_budget.folder}: "
+                f"{self._reserved.get(key, 0)} of its kind were. The run ends here."
             )
 
     @property
@@ -208,15 +288,15 @@ class PrivacyAccountant(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ledger.merge(state_dict["ledger"])
+        if self._reserved is not None:
+            self._reserve()  # what the checkpoint has spent beyond the file counts here too
         self._num_restored = sum(run["count"] for run in state_dict["ledger"]["runs"])
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Lightning calls no teardown then, and the lock would keep this process from resuming its own run.
-        if self._ledger is not None:
-            self._ledger.close()
+        self._close()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._ledger is not None:
-            self._ledger.close()
+        self._close()

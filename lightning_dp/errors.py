@@ -13,6 +13,10 @@ class LedgerError(ConfigurationError):
     """A privacy ledger that cannot be trusted: unreadable, altered, or in use by another process."""
 
 
+class BudgetExceededError(ConfigurationError):
+    """A run that would cross the budget of its data set: the message says what is left and what would fit."""
+
+
 class PrivacyProtocolError(RuntimeError):
     """The release protocol was broken: no privatizer, two releases, an unreleased gradient, or a crossed budget."""
 

@@ -109,7 +109,7 @@ class PrivacyClaim:
         releases = f"{made} of {self.mechanism}{', all charged' * is_early}"
         scope = f"per {self.unit}, {_RELATION_LABELS[self.relation]}"
         if self.level is ClaimLevel.PROVED and self.epsilon is not None:
-            shown = f"(epsilon={_rounded_up(self.epsilon)}, delta={self.delta!r})-DP {scope}"
+            shown = f"(epsilon={epsilon_text(self.epsilon)}, delta={self.delta!r})-DP {scope}"
             line = f"{shown}, {_ACCOUNTANT_LABELS.get(self.accountant, self.accountant)} accountant, {releases}: PROVED"
         elif self.level is ClaimLevel.NONPRIVATE:
             line = f"No differential privacy {scope}: {releases} hold no bound on any record: NONPRIVATE"
@@ -268,8 +268,15 @@ def ledger_plan(ledger: PrivacyLedger) -> Counts | None:
         LedgerError: What the header holds is no plan.
     """
     written = ledger.header.get("planned")
-    if written is None:
-        return None
+    return None if written is None else parse_plan(written)
+
+
+def parse_plan(written: Any) -> Counts:
+    """Return the plan that `plan_header` wrote.
+
+    Raises:
+        LedgerError: It is none.
+    """
     try:
         return {
             (event_from_dict(part["event"]), Sampling.from_dict(part["sampling"])): int(part["count"])
@@ -335,6 +342,17 @@ def ledger_level(ledger: PrivacyLedger) -> ClaimLevel:
     return _level(counts, assumed, header.get("conditional_on", ()))
 
 
+def plan_level(counts: Counts, *, unverified: Sequence[str], conditional_on: Sequence[str]) -> ClaimLevel:
+    """Return the level that a run will have if it keeps to these planned releases.
+
+    Args:
+        counts: How often each (event, sampling) will be released.
+        unverified: Steps of the proof that are not checked.
+        conditional_on: Components assumed public.
+    """
+    return _level(counts, [*unverified, *_sampler(counts, executed=False)], conditional_on)
+
+
 def plan_changes(ledger: PrivacyLedger) -> tuple[str, ...]:
     """Return, in words, that a run left the plan of its ledger; nothing if it keeps to it."""
     return () if _keeps(ledger.counts(), ledger_plan(ledger)) else (_PLAN_CHANGED,)
@@ -387,6 +405,10 @@ def _sampler(counts: Counts, *, executed: bool) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _rounded_up(epsilon: float) -> str:
-    """Return epsilon with three decimals, never below it: a claim must not promise more than was proved."""
+def epsilon_text(epsilon: float) -> str:
+    """Return epsilon with three decimals, never below it: a claim must not promise more than was proved.
+
+    Args:
+        epsilon: A finite bound.
+    """
     return str(Decimal(repr(epsilon)).quantize(Decimal("0.001"), rounding=ROUND_CEILING))

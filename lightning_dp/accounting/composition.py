@@ -266,6 +266,14 @@ def _unit_rdp(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
     return curve
 
 
+def renyi_curve(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
+    """Return the Renyi divergences of one release at `RDP_ORDERS`, infinity where nothing is proved; read-only.
+
+    Not for Poisson-sampled Gaussians under replace-one, of which it knows nothing.
+    """
+    return _unit_rdp(event, sampling)
+
+
 @contextmanager
 def _silent_about_skipped_orders() -> Iterator[None]:
     """Hide dp-accounting's warning that it skips an order: it is sound, and a search meets it at every small noise."""

@@ -9,7 +9,7 @@ their order, so two copies of a ledger that went separate ways are told from one
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -94,6 +94,7 @@ class PrivacyLedger:
         self._length = 0
         self._writer = secrets.token_hex(8)
         self._is_read_only = False
+        self._on_first: Callable[[], None] | None = None
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
@@ -206,6 +207,13 @@ class PrivacyLedger:
         """
         return dict(self._counts)
 
+    def writers(self) -> dict[str, int]:
+        """Return how many releases each process has made, by its random name."""
+        made: dict[str, int] = {}
+        for run in self._runs:
+            made[run.writer] = made.get(run.writer, 0) + run.count
+        return made
+
     def append(self, event: ReleaseEvent, sampling: Sampling) -> int:
         """Record one release; call it before its noise is drawn.
 
@@ -221,7 +229,18 @@ class PrivacyLedger:
                 nothing may be released.
         """
         self._append([Run(self._writer, event, sampling, 1)])
+        if self._on_first is not None:
+            self._on_first()
+            self._on_first = None
         return self._length
+
+    def on_first_append(self, action: Callable[[], None]) -> None:
+        """Call `action` when this process has charged its first release, before anything of it is drawn.
+
+        Args:
+            action: What raises stops the release; it stays charged.
+        """
+        self._on_first = action
 
     def _append(self, runs: list[Run]) -> None:
         if self._is_read_only:

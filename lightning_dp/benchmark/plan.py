@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 _NOT_THE_RESULT = (
     *("name", "run_dir", "ckpt_path", "checkpoint_every"),
     *("wandb", "wandb_project", "wandb_group"),
+    "dataset_budget",
 )
 """Settings that change where a run is kept and shown, not what it computes."""
 

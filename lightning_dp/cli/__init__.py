@@ -19,6 +19,7 @@ USAGE = """lightning-dp: differentially private generative models on PyTorch Lig
   lightning-dp sample RUN --num 10000        draw samples of a run's released generator
   lightning-dp evaluate RUN                  judge them against the real test split
   lightning-dp account RUN [--delta D]       recompute epsilon from the ledger alone
+  lightning-dp account --dataset DIR         what all runs within one data set's budget may spend together
   lightning-dp benchmark FILE                compare methods and mechanisms at equal privacy (configs/benchmark/)
   lightning-dp compare CARD CARD ...         show what tells run cards apart
   lightning-dp matrix [--markdown]           which mechanisms run with which methods, or why not
@@ -30,6 +31,7 @@ Flags over a configuration:
   --privacy.noise_multiplier 40              or give the noise
   --trainer.max_steps 400                    number of releases
   --run_dir DIR --ckpt_path last             resume a run
+  --dataset_budget.folder DIR                share one budget with all runs on the same data
 
 'lightning-dp COMMAND --help' lists all flags of a command. Configurations to start from: configs/experiment/."""
 

@@ -115,11 +115,14 @@ def account(arguments: list[str]) -> int:
     """Recompute the claim of a run from its ledger alone; exit code 1 if the run's own claim is another."""
     from lightning_dp.accounting.claim import claim_from_ledger
     from lightning_dp.accounting.ledger import PrivacyLedger
+    from lightning_dp.cli.dataset import account_dataset, is_about_dataset
 
+    if is_about_dataset(arguments):
+        return account_dataset(arguments)
     parser = ArgumentParser(
         prog="lightning-dp account", exit_on_error=False, allow_abbrev=False, description=account.__doc__
     )
-    parser.add_argument("run", type=str, help="Run folder, or a ledger file.")
+    parser.add_argument("run", type=str, help="Run folder, or a ledger file (or --dataset DIR, a shared budget).")
     parser.add_argument("--delta", type=float | None, default=None, help="Delta (default: the run's).")
     parser.add_argument("--json", action="store_true", help="Print the claim as JSON.")
     options: Any = parse(parser, arguments)

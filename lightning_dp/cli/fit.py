@@ -23,6 +23,8 @@ from callbacks import (
 from callbacks.private_ddp import STRATEGY
 from callbacks.run_folder import GRID_FILE, LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
 from datamodules import ImageDataModule
+from lightning_dp.accounting.claim import parse_plan
+from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import one_line
@@ -88,6 +90,7 @@ class FitCLI(LightningCLI):
         """Add the flags that every run has besides model, data and trainer."""
         parser.add_subclass_arguments(Mechanism, "mechanism", required=True, help="How private rows become a release.")
         parser.add_class_arguments(PrivacySettings, "privacy")
+        parser.add_class_arguments(DatasetBudgetSettings, "dataset_budget")
         parser.add_subclass_arguments(
             WarmStart, "warm_start", required=False, help="What is released first, to learn from samples of it."
         )
@@ -133,8 +136,12 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Plan the run from public facts, build callbacks, loggers and the trainer, then make the run folder."""
         options = self.config_init
-        privatizer, _ = self.plan_privacy()
+        privatizer, budget = self.plan_privacy()
         self.run_dir, self._ckpt_path = resolve_run(options.name, options.run_dir, options.ckpt_path)
+        if options.dataset_budget.folder is not None and options.ckpt_path is None and not process_number():
+            # Refused here, nothing is left behind; what counts is the reservation when the ledger opens.
+            asked = self.budget_request(privatizer, budget)
+            DatasetBudget(Path(options.dataset_budget.folder)).check(options.dataset_budget, [asked])
         plain = self.resolved()
         own = self._callbacks(privatizer, plain)
         given: dict[str, Any] = {"callbacks": [*_given_callbacks(options.trainer), *own], "logger": False}
@@ -172,7 +179,7 @@ class FitCLI(LightningCLI):
         self.model.public_seed = self.seed
         privatizer = GradientPrivatizer(
             mechanism=options.mechanism,
-            accountant=PrivacyAccountant(privacy=options.privacy),
+            accountant=PrivacyAccountant(privacy=options.privacy, dataset_budget=options.dataset_budget),
             public_seed=self.seed,
             warm_start=options.get("warm_start"),
             raw_telemetry=options.telemetry.raw,
@@ -181,9 +188,22 @@ class FitCLI(LightningCLI):
         budget = privatizer.plan_run(self.model, self.datamodule, None if max_steps < 0 else max_steps)
         return privatizer, budget
 
+    def budget_request(self, privatizer: GradientPrivatizer, budget: PrivacyBudget) -> RunRequest:
+        """Return what a planned run will ask of the budget of its data set.
+
+        Args:
+            privatizer: As `plan_privacy` returned it.
+            budget: As `plan_privacy` returned it.
+        """
+        header = privatizer.public_header(self.model, self.datamodule, budget)
+        run = self.config_init.dataset_budget.reservation or "planned"
+        return RunRequest(run=run, name=str(self.run_dir), header=header, needed=parse_plan(header["planned"]))
+
     def resolved(self) -> dict[str, Any]:
         """Return the configuration with every default filled in, as plain values."""
         plain: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        if plain["dataset_budget"]["folder"] is None:
+            del plain["dataset_budget"]  # nothing in it
         return plain
 
     def _callbacks(self, privatizer: GradientPrivatizer, config: dict[str, Any]) -> list[Callback]:
