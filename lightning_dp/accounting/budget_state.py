@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dp.accounting.accountants import EpsilonResult, checked_delta, compute_epsilon
-from lightning_dp.accounting.claim import DEFAULT_NOT_COVERED, ClaimLevel, PrivacyClaim
+from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
 from lightning_dp.accounting.composition import Counts
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
 from lightning_dp.accounting.events import (
     AdditiveRelease,
     NonPrivateRelease,
