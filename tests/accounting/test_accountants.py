@@ -192,6 +192,15 @@ def test_order_of_the_three_conversions_on_mnist():
     assert [round(value, 3) for value in values] == [0.738, 0.808, 0.996]
 
 
+@pytest.mark.parametrize(
+    ("extra", "noise", "expected"), [(0, 1.0, 0.9143), (1, 20.0, 0.9346), (1, 5.0, 1.2054), (2, 20.0, 0.9545)]
+)
+def test_small_releases_beside_a_run_are_cheap(extra, noise, expected):
+    """A label histogram, or means and deviations, beside 10,000 sampled steps (accounting, section 1.7)."""
+    counts = {(gaussian(4.125804), poisson(0.01)): 10_000, (gaussian(noise), FULL): extra}
+    assert epsilon(counts) == pytest.approx(expected, abs=1e-4)
+
+
 # --- properties -------------------------------------------------------------------------------------------------------
 
 NOISE = st.floats(0.5, 1e3)
