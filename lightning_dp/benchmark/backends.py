@@ -43,9 +43,11 @@ class Task:
     threads: int = 1
 
 
-# A shell's background jobs ignore SIGINT and so do their children: runs that could not be interrupted would be lost.
+# A shell's background jobs ignore SIGINT, Ray's workers block it, and so do their children: runs that could not be
+# interrupted would be lost.
 _BOOT: Final = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT]); "
     "runpy.run_module('lightning_dp', run_name='__main__', alter_sys=True)"
 )
 

@@ -49,6 +49,7 @@ def test_processes_end_with_their_codes_and_words(tmp_path):
 def stand_in(tmp_path):
     """Return a task that sleeps until it is interrupted; the working directory comes first on the path of -m."""
     (tmp_path / "lightning_dp").mkdir()
+    (tmp_path / "lightning_dp" / "__init__.py").touch()  # without it, a package further down the path would win
     (tmp_path / "lightning_dp" / "__main__.py").write_text(
         "import pathlib, time\n"
         "try:\n    pathlib.Path('started').touch(); time.sleep(600)\n"
@@ -86,6 +87,7 @@ def test_an_interrupt_reaches_them_from_a_background_job(tmp_path):
 def test_the_environment_of_a_run(tmp_path, monkeypatch):
     """Threads are its own; the seed of planning is not."""
     (tmp_path / "lightning_dp").mkdir()
+    (tmp_path / "lightning_dp" / "__init__.py").touch()  # without it, a package further down the path would win
     (tmp_path / "lightning_dp" / "__main__.py").write_text(
         "import os\nprint(os.environ['OMP_NUM_THREADS'], os.environ.get('PL_GLOBAL_SEED'))\n"
     )
