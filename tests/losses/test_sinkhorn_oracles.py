@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize
 
-from lightning_dp.losses import sinkhorn, transport_cost
+from lightning_dp.losses import sinkhorn
 from lightning_dp.losses.sinkhorn import SinkhornSolver, entropic_transport, self_term
 from lightning_dp.losses.transport_cost import PointCloud, TransportCost
 from tests.losses.test_transport_cost import by_features, cloud
@@ -94,19 +94,27 @@ class TestCompiled:
     @pytest.fixture
     def forgotten(self):
         """Nothing compiled before, nothing left behind."""
-        caches = (transport_cost.compiled_kernel, sinkhorn._compiled_annealing)
-        for cached in caches:
-            cached.cache_clear()
+        sinkhorn._compiled.cache_clear()
         yield
-        for cached in caches:
-            cached.cache_clear()
+        sinkhorn._compiled.cache_clear()
 
     def test_what_is_compiled_gives_what_is_not(self, forgotten, monkeypatch):
         """The functions themselves; the compiler's own work is checked with the long tests."""
         seen = []
         monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
         self.assert_equal()
-        assert seen == 3 * [{"fullgraph": True, "dynamic": False}]
+        assert [(one["fullgraph"], one["dynamic"]) for one in seen] == 2 * [(True, False)]
+
+    def test_what_is_compiled_has_no_sign_at_equal_coordinates_and_a_whole_one_at_others(self):
+        """Its signs are clamped slopes: exact for every difference that is no denormal."""
+        steps = torch.tensor([[0.0, 1e-30, -1e-37, 1.0, -1.5, 1e-3]])
+        gradients = [
+            TransportCost(l1_weight=weight).gradient(
+                PointCloud(steps), PointCloud(torch.zeros(1, 6)), torch.ones(1, 1).double(), at_once=True
+            )
+            for weight in (0.0, 4096.0)
+        ]
+        torch.testing.assert_close((gradients[1] - gradients[0]) / 4096, steps.sign(), rtol=1e-6, atol=0)
 
     @pytest.mark.slow
     @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
