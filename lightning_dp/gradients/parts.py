@@ -94,11 +94,15 @@ class Rows(Part):
     """
 
     def __init__(self, values: Tensor, order: Order | None = None) -> None:
-        self._values, self._order = values, order
+        self._values, self.order = values, order
+
+    def laid(self, size: int) -> Tensor:
+        """Return the gradients as they lie, (n, size, rest), with the length of the parameter's first axis."""
+        return self._values.flatten(1).unflatten(1, (size, -1))
 
     def rows(self) -> Tensor:  # noqa: D102
         rows = self._values.flatten(1)
-        return rows if self._order is None else self._order.restored(rows)
+        return rows if self.order is None else self.order.restored(rows)
 
     @cached_property
     def squared_norms(self) -> Tensor:  # noqa: D102
@@ -121,18 +125,18 @@ class Rows(Part):
         rows = self._values.flatten(1)
         width = max(1, _BLOCK_ENTRIES // max(1, len(rows)))
         summed = torch.cat([weights @ block.to(torch.float64) for block in rows.split(width, dim=1)])
-        total += summed if self._order is None else self._order.restored(summed)
+        total += summed if self.order is None else self.order.restored(summed)
 
     def shaped(self, shape: torch.Size) -> tuple[Tensor, Order | None]:
         """Return the gradients in the shape of the parameter, (n, *shape), and how they lie in memory."""
         rows = self._values.flatten(1)
-        if self._order is None:
+        if self.order is None:
             return rows.unflatten(1, shape), None
-        axes = (0, *(1 + axis for axis in self._order.axes))
-        return rows.unflatten(1, self._order.sizes).permute(axes), self._order
+        axes = (0, *(1 + axis for axis in self.order.axes))
+        return rows.unflatten(1, self.order.sizes).permute(axes), self.order
 
     def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
-        return Rows(self._values.flatten(1).masked_fill(is_silent.unsqueeze(1), 0.0), self._order)
+        return Rows(self._values.flatten(1).masked_fill(is_silent.unsqueeze(1), 0.0), self.order)
 
     @property
     def num_bytes(self) -> int:  # noqa: D102

@@ -15,6 +15,7 @@ from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients
 GradientMode = Literal["auto", "ghost", "materialize", "functorch"]
 
 _CPU_BUDGET: Final = 128_000_000
+_BUDGET_PER_PARAMETER: Final = 32  # what a chunk costs whatever its size grows with the parameters
 _CUDA_FREE_FRACTION: Final = 0.25
 _MOST_RECORDS: Final = 512
 _FUNCTORCH_RECORDS: Final = 64
@@ -83,7 +84,8 @@ class GradientSource:
             except UnsupportedNetwork as problem:
                 self._fall_back(str(problem))
             else:
-                return max(1, min(_MOST_RECORDS, _memory(one[0].device) // max(1, found.num_bytes)))
+                memory = _memory(one[0].device, sum(p.numel() for p in network.parameters() if p.requires_grad))
+                return max(1, min(_MOST_RECORDS, memory // max(1, found.num_bytes)))
         return _FUNCTORCH_RECORDS
 
     def _overheard(
@@ -100,7 +102,7 @@ class GradientSource:
         _logger.info(f"Per-record gradients are taken by functorch: {reason}.")
 
 
-def _memory(device: torch.device) -> int:
+def _memory(device: torch.device, num_parameters: int) -> int:
     if device.type == "cuda":
         return int(_CUDA_FREE_FRACTION * torch.cuda.mem_get_info(device)[0])
-    return _CPU_BUDGET
+    return _CPU_BUDGET + _BUDGET_PER_PARAMETER * num_parameters

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.networks.classifier import Classifier
+from lightning_dp.networks.standardised import standardised
 
 _GROUPS = 16
-_MIN_VARIANCE = 1e-4
 
 
 class StandardisedConv2d(nn.Conv2d):
@@ -39,9 +39,7 @@ class StandardisedConv2d(nn.Conv2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the convolution of maps, (B, C, H, W)."""
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        scale = torch.rsqrt((self.fan_in * variance).clamp(min=_MIN_VARIANCE)) * self.gain
-        return F.conv2d(maps, (self.weight - mean) * scale, self.bias, self.stride, self.padding)
+        return F.conv2d(maps, standardised(self.weight, self.gain), self.bias, self.stride, self.padding)
 
 
 class _Activated(nn.Module):

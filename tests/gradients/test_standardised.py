@@ -1,0 +1,128 @@
+"""Gradients through standardised weights against automatic differentiation, and the norms that bound them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_dp.gradients import record_gradients
+from lightning_dp.gradients.parts import Order, Rows
+from lightning_dp.gradients.record_gradients import RecordGradients, overheard_gradients
+from lightning_dp.gradients.standardised import StandardisedRows
+from lightning_dp.networks.standardised import made_from, standardised
+from lightning_dp.networks.wide_resnet import StandardisedConv2d
+
+
+def weights(dtype=torch.float64) -> tuple[Tensor, Tensor]:
+    """Three outputs: an ordinary one, one below the least variance, one far from centred."""
+    stream = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 4, 3, 3, generator=stream, dtype=torch.float64)
+    weight[1] *= 1e-4
+    weight[2] += 30
+    gain = torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64).view(3, 1, 1, 1)
+    return weight.to(dtype).requires_grad_(), gain.to(dtype).requires_grad_()
+
+
+def through(given: Tensor, order: Order | None = None) -> tuple[StandardisedRows, Tensor, Tensor]:
+    """Rows through the weights, and what automatic differentiation makes of them: of the weight, and of the gain."""
+    weight, gain = weights(given.dtype)
+    made = standardised(weight, gain)
+    source = made_from(made)
+    assert source is not None
+    found = [torch.autograd.grad(made, (weight, gain), one, retain_graph=True) for one in given]
+    laid = given if order is None else order.laid(given)
+    part = StandardisedRows(Rows(laid, order), source)
+    return part, torch.stack([pair[0].flatten() for pair in found]), torch.stack([pair[1].flatten() for pair in found])
+
+
+@pytest.mark.parametrize("order", [None, Order((3, 3, 3, 4), (0, 3, 1, 2))], ids=["as it is", "channels last"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_equals_automatic_differentiation(order, dtype, rtol):
+    given = torch.randn(5, 3, 4, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    part, wanted, wanted_gain = through(given, order)
+    atol = rtol * float(wanted.abs().max())
+    torch.testing.assert_close(part.rows(), wanted, rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        part.gain_rows().rows(), wanted_gain, rtol=rtol, atol=rtol * float(wanted_gain.abs().max())
+    )
+    torch.testing.assert_close(part.squared_norms.sqrt().to(dtype), wanted.norm(dim=1), rtol=rtol, atol=0)
+    shares, total = torch.linspace(0.2, 1, 5, dtype=torch.float64), torch.zeros(wanted.shape[1], dtype=torch.float64)
+    part.add_weighted_sum(shares, total)
+    torch.testing.assert_close(total, shares @ wanted.double(), rtol=rtol, atol=5 * atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_summed_is_bounded_by_its_norm(dtype):
+    """Also where nearly everything of a gradient lies along what the map takes away."""
+    weight, gain = weights(dtype)
+    stream = torch.Generator().manual_seed(2)
+    given = torch.randn(6, 3, 4, 3, 3, generator=stream, dtype=torch.float64)
+    given[1], given[2] = 1e3 + given[1], 1e3 * weight.detach().double() + given[2]
+    given[3, :2], given[4] = 0, 1e-30 * given[4]
+    part, _, _ = through(given.to(dtype))
+    found = RecordGradients(torch.arange(6), [[part], [part.gain_rows()]], [weight.numel(), gain.numel()])
+    for record, bound in enumerate(found.norm_bounds):
+        alone = found.weighted_sum(F.one_hot(torch.tensor(record), 6).double())
+        assert alone.norm() <= bound
+        loose = 0.1 * float(part.squared_masses[record].sqrt())  # much cancels, or underflows
+        assert bound <= max(1.01 * float(alone.norm()), loose, 1e-15)
+
+
+def test_norms_of_what_the_weight_became_would_not_do():
+    """The broken twin: the gain multiplies gradients, so a norm taken before the map is too small for gain 2."""
+    given = torch.zeros(1, 3, 4, 3, 3, dtype=torch.float64)
+    given[0, 1] = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    part, wanted, _ = through(given)
+    assert Rows(given.flatten(1)).squared_bounds.sqrt() < wanted.norm()
+    assert part.squared_bounds.sqrt() >= wanted.norm()
+
+
+class Net(nn.Module):
+    def __init__(self, run) -> None:
+        super().__init__()
+        self.conv = StandardisedConv2d(1, 2, 3)
+        self._run = run
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self._run(self.conv, maps)
+
+
+def written_to(conv: nn.Module, maps: Tensor) -> Tensor:
+    weight = standardised(conv.weight, conv.gain)
+    weight.mul_(3)
+    return F.conv2d(maps, weight, conv.bias)
+
+
+def twice(conv: nn.Module, maps: Tensor) -> Tensor:
+    weight = standardised(conv.weight, conv.gain)
+    return F.conv2d(maps, weight) + F.conv2d(torch.tanh(maps), weight)
+
+
+@pytest.mark.parametrize("run", [lambda conv, maps: conv(maps), written_to, twice])
+@pytest.mark.parametrize("frozen", ["", "gain", "weight"])
+def test_networks_equal_single_backward_passes(run, frozen):
+    torch.manual_seed(0)
+    net = Net(run).double()
+    for name, parameter in net.conv.named_parameters():
+        parameter.requires_grad_(name != frozen and not (name == "bias" and run is twice))
+    maps = torch.randn(4, 1, 6, 6, dtype=torch.float64)
+    trained = [p for p in net.parameters() if p.requires_grad]
+
+    def loss(net: nn.Module, one: Tensor) -> Tensor:
+        return net(one).square().sum()
+
+    wanted = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(loss(net, one[None]), trained)]) for one in maps]
+    )
+    found = overheard_gradients(net, loss, (maps,), ids=torch.arange(4), as_rows=False)
+    torch.testing.assert_close(found.weighted_sum(torch.ones(4).double()), wanted.sum(0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.norms, wanted.norm(dim=1), rtol=1e-9, atol=1e-9)
+
+
+def test_the_closed_form_is_what_networks_use(monkeypatch):
+    def fail(*args):
+        raise AssertionError("carried back row by row")
+
+    monkeypatch.setattr(record_gradients, "_carried_back", fail)
+    net, maps = Net(lambda conv, maps: conv(maps)), torch.randn(2, 1, 6, 6)
+    overheard_gradients(net, lambda n, m: n(m).sum(), (maps,), ids=torch.arange(2), as_rows=False)
