@@ -66,6 +66,7 @@ CASES: dict[str, Case] = {
     "joint": Case(tiny_sinkhorn, Gaussian()),
     "moments": Case(lambda: tiny_moments(num_components=2), Gaussian(), "replace_one", exact=True, steps=3),
     "embedding": Case(tiny_merf, Gaussian(), exact=True, steps=2),
+    "whole noise": Case(tiny_dpsgd, Gaussian(noise="rounded_gaussian"), steps=3),
     "warm start": Case(tiny_dpgan, Gaussian(), warm=warm_start, steps=6),
 }
 
@@ -126,7 +127,7 @@ def make_trainer(callbacks: list[pl.Callback], steps: int) -> pl.Trainer:
 
 def watch(trace: Trace) -> None:
     """Let a process note what is perturbed, and with what."""
-    release, gaussian = Mechanism.release, NoiseSource.gaussian
+    release, gaussian, whole = Mechanism.release, NoiseSource.gaussian, NoiseSource.whole
 
     def noted_release(self: Mechanism, total: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         trace.totals.append(total.detach().clone())
@@ -140,15 +141,23 @@ def watch(trace: Trace) -> None:
         trace.stds.append(std)
         return drawn
 
+    def noted_whole(self: NoiseSource, law: Any, shape: Any, *, scale: Any, **kwargs: Any) -> Tensor:
+        drawn = whole(self, law, shape, scale=scale, **kwargs)
+        trace.noise.append(drawn.clone())
+        trace.stds.append(float(scale))
+        return drawn
+
     Mechanism.release, NoiseSource.gaussian = noted_release, noted_gaussian  # type: ignore[method-assign]
+    NoiseSource.whole = noted_whole  # type: ignore[method-assign]
 
 
 def all_cases(*, is_private: bool, names: tuple[str, ...] = tuple(CASES), most_steps: int = STEPS) -> dict[str, Trace]:
     """Train every case, one after another, in one group of processes."""
-    release, gaussian = Mechanism.release, NoiseSource.gaussian
+    release, gaussian, whole = Mechanism.release, NoiseSource.gaussian, NoiseSource.whole
     found = {}
     for name in names:
         Mechanism.release, NoiseSource.gaussian = release, gaussian  # type: ignore[method-assign]
+        NoiseSource.whole = whole  # type: ignore[method-assign]
         found[name] = run(name, is_private=is_private, steps=min(most_steps, CASES[name].steps))
     return found
 

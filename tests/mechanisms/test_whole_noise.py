@@ -7,12 +7,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from dp_accounting import NeighboringRelation
 from scipy import special, stats
 
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms import whole_noise as sampler
+from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
 from lightning_dp.mechanisms.certain import normal_tail
 from lightning_dp.mechanisms.noise import NoiseSource
+from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.mechanisms.whole_noise import whole_noise
 from tests.contracts.mechanism import check_whole_law
 
@@ -172,3 +175,27 @@ class TestSource:
         drawn = [self.whole(source, law, n, 20_000, leaf).double() for n in (1, 2, 257) for leaf in ("noise", "other")]
         correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn), dtype=torch.float64)
         assert correlation.abs().max() < 6 / 20_000**0.5
+
+
+@pytest.mark.parametrize(("law", "leaks"), [("gaussian", True), *[(law, False) for law in LAWS]])
+def test_low_bits_tell_votes_apart_under_floating_point_noise_only(law, leaks):
+    """Mironov (2012): 1 + noise near zero keeps the coarse spacing of numbers near 1, noise alone has a finer one.
+
+    The densities of the two worlds are about equal there, so the claim grants an observer next to nothing; the low bits
+    decide between the worlds at sight. In whole numbers there are none.
+    """
+    mechanism = TopAgg(top_k=1, output="votes", noise=law)
+    spec = ContributionSpec.teachers(num_teachers=1, vectors_per_row=1, vector_dim=1)
+    plan = ReleasePlan(spec=spec, relation=NeighboringRelation.REPLACE_ONE, noise_multiplier=10.0)
+    shares = []
+    for vote in (0.0, 1.0):
+        votes = torch.full((400_000, 1), vote, dtype=torch.float64)
+        noisy = mechanism.perturb(votes, plan, NoiseSource(insecure_seed=1), release_number=int(vote))
+        near = noisy[noisy.abs() < 0.25]
+        assert len(near) > 2000
+        spaced = near * 2.0**53
+        shares.append((spaced == spaced.round()).double().mean().item())
+    assert (shares == [1.0, 1.0]) != leaks
+    if leaks:
+        assert shares[1] == 1.0
+        assert shares[0] < 0.3
