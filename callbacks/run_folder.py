@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import resource
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
@@ -137,9 +139,12 @@ class RunFolder(pl.Callback):
                 "train_time_s": self._train_time_s,
                 "evaluation_time_s": evaluation_time_s,
                 "total_time_s": time.monotonic() - self._start,
+                "cpu_time_s": time.process_time(),
                 "peak_memory_mb": _peak_memory_mb(),
                 "device": self._device,
                 "machine": f"{platform.machine()}, {platform.system()}",
+                "processors": f"{os.cpu_count()} processors, {torch.get_num_threads()} used",
+                "memory": f"{_total_memory_gb():.0f} GB of memory",
             },
             versions=_versions(),
             config=self.config,
@@ -170,6 +175,10 @@ class RunFolder(pl.Callback):
 def _peak_memory_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def _total_memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def _versions() -> dict[str, str]:

@@ -25,6 +25,21 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What a method uses for one data set, one target epsilon, or one of both.
+
+    Attributes:
+        config: Configuration of a whole run instead of the method's own; None keeps that.
+        settings: Further settings.
+        by_epsilon: For a preset of a data set: what it uses there per target epsilon.
+    """
+
+    config: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    by_epsilon: Mapping[float, "Preset"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One method of a grid.
 
@@ -33,16 +48,21 @@ class Method:
         config: Configuration of a whole run, as `fit` takes it.
         mechanisms: What turns its rows into releases.
         settings: Settings over the configuration.
-        by_data: Further settings per data label.
-        by_epsilon: Further settings per target epsilon.
+        by_data: Presets per data label.
+        by_epsilon: Presets per target epsilon; one of the data set goes before.
     """
 
     label: str
     config: Mapping[str, Any]
     mechanisms: tuple[Choice, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    by_data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    by_epsilon: Mapping[float, Mapping[str, Any]] = field(default_factory=dict)
+    by_data: Mapping[str, Preset] = field(default_factory=dict)
+    by_epsilon: Mapping[float, Preset] = field(default_factory=dict)
+
+    def presets(self, data: str, epsilon: float) -> tuple[Preset, ...]:
+        """Return what holds for a data label and a target epsilon, the nearest last."""
+        of_data = self.by_data.get(data, Preset())
+        return self.by_epsilon.get(epsilon, Preset()), of_data, of_data.by_epsilon.get(epsilon, Preset())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +134,11 @@ class Grid:
         )
 
     def _cell(self, method: Method, mechanism: Choice, data: Choice, epsilon: float, seed: int) -> Cell:
-        config: dict[str, Any] = copy.deepcopy(dict(method.config))
-        for layer in (
-            self.settings,
-            data.settings,
-            method.settings,
-            method.by_data.get(data.label, {}),
-            method.by_epsilon.get(epsilon, {}),
-            mechanism.settings,
-        ):
+        presets = method.presets(data.label, epsilon)
+        whole = [method.config, *(preset.config for preset in presets if preset.config is not None)]
+        config: dict[str, Any] = copy.deepcopy(dict(whole[-1]))
+        layers = (self.settings, data.settings, method.settings, *(preset.settings for preset in presets))
+        for layer in (*layers, mechanism.settings):
             config = merge(config, layer)
         is_plain = mechanism.label == _class_name(mechanism.class_path)
         privacy = {

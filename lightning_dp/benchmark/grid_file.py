@@ -11,7 +11,7 @@ import yaml
 
 from lightning_dp.accounting.accountants import checked_delta
 from lightning_dp.accounting.events import parse_relation, relation_name
-from lightning_dp.benchmark.grid import Choice, Grid, Method
+from lightning_dp.benchmark.grid import Choice, Grid, Method, Preset
 from lightning_dp.errors import ConfigurationError
 
 DEFAULT_SEEDS = (1, 2, 3)
@@ -30,6 +30,7 @@ _OWN_KEYS = {
     "run_dir": "the comparison chooses the run folders",
     "ckpt_path": "the comparison resumes by itself",
     "wandb_group": "the comparison is the group",
+    "by_epsilon": "it belongs to a method or to one of its by_data",
 }
 
 
@@ -86,19 +87,41 @@ def _method(label: str, given: Any, folder: Path) -> Method:
     where = f"methods.{label}"
     values = _mapping(given, where)
     _check_keys(values, _METHOD_KEYS, needed=_METHOD_KEYS[:2], where=where)
-    by_epsilon = _mapping(values.get("by_epsilon") or {}, f"{where}.by_epsilon")
     by_data = _mapping(values.get("by_data") or {}, f"{where}.by_data")
     return Method(
         label=label,
-        config=_read(folder / _text(values["config"], f"{where}.config"), "a configuration of a run"),
+        config=_read_config(values["config"], where, folder),
         mechanisms=_choices(values["mechanisms"], f"{where}.mechanisms"),
         settings=_settings(values.get("settings"), f"{where}.settings"),
-        by_data={str(key): _settings(value, f"{where}.by_data.{key}") for key, value in by_data.items()},
-        by_epsilon={
-            _number(key, f"{where}.by_epsilon"): _settings(value, f"{where}.by_epsilon.{key}")
-            for key, value in by_epsilon.items()
-        },
+        by_data={str(key): _preset(value, f"{where}.by_data.{key}", folder) for key, value in by_data.items()},
+        by_epsilon=_by_epsilon(values, where, folder),
     )
+
+
+def _preset(given: Any, where: str, folder: Path, *, is_of_data: bool = True) -> Preset:
+    """Return settings that may name another configuration and, where they are of a data set, presets per epsilon."""
+    values = dict(_mapping(given or {}, where))
+    config = values.pop("config", None)
+    by_epsilon = _by_epsilon(values, where, folder) if is_of_data else {}
+    if is_of_data:
+        values.pop("by_epsilon", None)
+    return Preset(
+        config=None if config is None else _read_config(config, where, folder),
+        settings=_settings(values, where),
+        by_epsilon=by_epsilon,
+    )
+
+
+def _by_epsilon(values: Mapping[str, Any], where: str, folder: Path) -> dict[float, Preset]:
+    where = f"{where}.by_epsilon"
+    given = _mapping(values.get("by_epsilon") or {}, where)
+    return {
+        _number(key, where): _preset(value, f"{where}.{key}", folder, is_of_data=False) for key, value in given.items()
+    }
+
+
+def _read_config(given: Any, where: str, folder: Path) -> Mapping[str, Any]:
+    return _read(folder / _text(given, f"{where}.config"), "a configuration of a run")
 
 
 def _choices(given: Any, where: str) -> tuple[Choice, ...]:
@@ -141,7 +164,7 @@ def _check_names(grid: Grid) -> None:
         for name in method.by_data:
             if name not in labels:
                 raise ConfigurationError(f"Expected by_data of {method.label} among {labels}, got {name!r}.")
-        for epsilon in method.by_epsilon:
+        for epsilon in (*method.by_epsilon, *(e for preset in method.by_data.values() for e in preset.by_epsilon)):
             if epsilon not in grid.epsilons:
                 known = ", ".join(f"{value:g}" for value in grid.epsilons)
                 raise ConfigurationError(f"Expected by_epsilon of {method.label} among {known}, got {epsilon:g}.")

@@ -154,7 +154,10 @@ def _statements(results: Sequence[Result]) -> list[str]:
 
 def _machine(result: Result) -> str:
     cost = result.card.cost
-    return ", ".join(str(cost[key]) for key in ("machine", "processors", "device") if key in cost) or "not stated"
+    return (
+        ", ".join(str(cost[key]) for key in ("machine", "processors", "memory", "device") if key in cost)
+        or "not stated"
+    )
 
 
 def _ranked(rows: Sequence[Row]) -> list[Part]:
@@ -248,19 +251,20 @@ def _samples(rows: Sequence[Row]) -> list[Part]:
 def _costs(rows: Sequence[Row]) -> list[Part]:
     if not rows:
         return []
-    header = ["method", "mechanism", "epsilon", "training", "evaluation", "total a run", "peak memory, MB", "runs"]
+    header = ["method", "mechanism", "epsilon", "training", "evaluation", "total a run", "processor", "peak memory, MB"]
     body = []
     for row in rows:
-        times = [_seconds(row.cost(f"{part}_time_s")) for part in ("train", "evaluation", "total")]
+        times = [_seconds(row.cost(f"{part}_time_s")) for part in ("train", "evaluation", "total", "cpu")]
         target = "-" if row.target_epsilon is None else f"{row.target_epsilon:g}"
         memory = mean_text([float(round(value)) for value in row.cost("peak_memory_mb")])
         body.append([row.first.card.title, row.first.mechanism, target, *times, memory, str(len(row.results))])
     whole = sum(sum(row.cost("total_time_s")) for row in rows)
     return [
         Heading("Cost"),
-        Table(header, body),
+        Table([*header, "runs"], body),
         Paragraph(
-            f"Means over seeds. All finished runs together took {seconds_text(whole)}, start of processes left out."
+            "Means over seeds; the processor's time counts all threads and the start of the process. All finished runs "
+            f"together took {seconds_text(whole)}, start of processes left out."
         ),
     ]
 
@@ -334,8 +338,14 @@ def _missing(records: Sequence[CellRecord]) -> list[Part]:
     missing = [record for record in records if record.status != "finished"]
     if not missing:
         return []
-    body = [[record.cell, record.status, record.reason or "-"] for record in missing]
-    return [Heading("Cells without a result"), Table(["cell", "status", "reason"], body)]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for record in missing:
+        target = "-" if record.target_epsilon is None else f"{record.target_epsilon:g}"
+        row = (record.method, record.mechanism, record.data, target, record.status, record.reason or "-")
+        groups.setdefault(row, []).append(record.seed)
+    body = [[*row[:4], ", ".join(map(str, seeds)), *row[4:]] for row, seeds in groups.items()]
+    header = ["method", "mechanism", "data", "epsilon", "seeds", "status", "reason"]
+    return [Heading("Cells without a result"), Table(header, body)]
 
 
 def _each(texts: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import fcntl
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,15 @@ from lightning_dp.benchmark.backends import Backend, Task, last_words
 from lightning_dp.benchmark.grid import Cell, Grid, merge
 from lightning_dp.benchmark.plan import CellPlan, Planner, request_key
 from lightning_dp.benchmark.records import (
+    RECORDS_FILE,
     CellRecord,
     finished_card,
     finished_record,
     open_record,
+    read_records,
     write_records,
 )
+from lightning_dp.benchmark.selection import ALL_CELLS, Selection
 from lightning_dp.errors import ConfigurationError
 
 RUNS_FOLDER = "runs"
@@ -89,18 +92,53 @@ class Comparison:
         self._threads = threads
         self._jobs: list[_Job] = []
 
-    def plan(self, reporter: Reporter) -> None:
-        """Calibrate the noise of every cell, and refuse those that cannot be, before anything runs."""
+    def plan(self, reporter: Reporter, selection: Selection = ALL_CELLS) -> None:
+        """Calibrate the noise of every chosen cell, and refuse those that cannot be, before anything runs.
+
+        Args:
+            reporter: Is told of the chosen cells.
+            selection: Cells that are to run. The others keep the record that they have for the same request.
+        """
+        selection.check(self.grid)
         (self.folder / _REQUESTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        before = {} if selection == ALL_CELLS else self._records_before()
         self.records, self._jobs = {}, []
-        cells = self.grid.cells()
+        cells = [cell for cell in self.grid.cells() if self._keep_unless_chosen(cell, selection, before)]
         for index, cell in enumerate(cells, start=1):
             planned = self._plan(cell)
             if planned is not None:
                 cell, plan, record = planned
                 self.records[cell.id] = record
                 reporter.planned(cell, plan, record, index, len(cells))
+        self.records = self._in_grid_order()
         write_records(self.folder, self.records.values())
+
+    def _in_grid_order(self) -> dict[str, CellRecord]:
+        order = itertools.chain.from_iterable((cell.id, cell.without_epsilon().id) for cell in self.grid.cells())
+        return {name: self.records[name] for name in dict.fromkeys(order) if name in self.records}
+
+    def _records_before(self) -> Mapping[str, CellRecord]:
+        """Return the records of earlier calls; none where there was none."""
+        if not (self.folder / RECORDS_FILE).exists():
+            return {}
+        return {record.cell: record for record in read_records(self.folder)}
+
+    def _keep_unless_chosen(self, cell: Cell, selection: Selection, before: Mapping[str, CellRecord]) -> bool:
+        """Tell whether a cell is chosen; if it is not, set the record that it has, or one that says it waits."""
+        if selection.has(cell):
+            return True
+        if cell.without_epsilon().id in self.records:
+            return False  # another epsilon's cell stands for it
+        for known in (cell, cell.without_epsilon()):  # where a mechanism without privacy runs once for all epsilons
+            record = before.get(known.id)
+            if record is not None and self._is_request_of(known) and self._has_its_card(record):
+                self.records[known.id] = record
+                return False
+        self.records[cell.id] = open_record(cell, "waiting")
+        return False
+
+    def _has_its_card(self, record: CellRecord) -> bool:
+        return record.card is None or (self.folder / record.card).is_file()
 
     def _plan(self, cell: Cell) -> tuple[Cell, CellPlan | None, CellRecord] | None:
         """Return a cell with its plan and first record; None for a run without privacy that is there already."""
@@ -200,12 +238,23 @@ class Comparison:
 
     def _write_request(self, cell: Cell) -> Path:
         """Write the configuration that `fit` will be given, and return its file."""
+        path = self._request_file(cell)
+        path.write_text(yaml.safe_dump(self._request(cell), sort_keys=False), encoding="utf-8")
+        return path
+
+    def _request(self, cell: Cell) -> dict[str, Any]:
         shown: dict[str, Any] = {"trainer": {"enable_progress_bar": False}}
         if self._wandb is not None:
             shown["wandb"] = self._wandb
+        return merge(cell.config, shown)
+
+    def _is_request_of(self, cell: Cell) -> bool:
+        """Tell whether the request on disk is what the grid asks of a cell now, wherever it is shown."""
         path = self._request_file(cell)
-        path.write_text(yaml.safe_dump(merge(cell.config, shown), sort_keys=False), encoding="utf-8")
-        return path
+        if not path.is_file():
+            return False
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {**written, "wandb": None} == {**self._request(cell), "wandb": None}
 
     def _request_file(self, cell: Cell) -> Path:
         return self.folder / _REQUESTS_FOLDER / f"{cell.id}.yaml"

@@ -23,12 +23,22 @@ _IN_REPORT_ONLY = ("precision", "recall")
 def benchmark(arguments: list[str]) -> int:
     """Run a grid of methods, mechanisms, data, epsilons and seeds at one stated delta and relation, and report it.
 
-    The same command goes on where it stopped. Exit code 1 if a cell failed; refused cells are results too.
+    The same command goes on where it stopped. --only and --seeds make a part of it; the report covers what is done, in
+    whatever parts, and lists the rest. Exit code 1 if a cell failed; refused cells are results too.
     """
     parser = ArgumentParser(
         prog="lightning-dp benchmark", exit_on_error=False, allow_abbrev=False, description=benchmark.__doc__
     )
     parser.add_argument("grid", type=str, help="Grid file; ready ones are in configs/benchmark/.")
+    parser.add_argument(
+        "--only",
+        type=str,
+        nargs="+",
+        default=None,
+        metavar="PATTERN",
+        help="Run these cells alone: methods, or patterns of ids such as 'DP_SGD-*-MNIST-eps10-*'.",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="Run cells of these seeds alone.")
     parser.add_argument("--out", type=str | None, default=None, help="Folder (default: runs/benchmark/NAME).")
     parser.add_argument("--jobs", type=int | None, default=None, help="Runs at once (default: one per processor).")
     parser.add_argument("--backend", type=Literal["local", "ray"], default="local", help="Where the runs are made.")
@@ -39,7 +49,11 @@ def benchmark(arguments: list[str]) -> int:
         default=None,
         help="W&B mode of every run; the comparison is their group.",
     )
-    parser.add_argument("--dry_run", action="store_true", help="Plan and calibrate every cell, and stop.")
+    parser.add_argument("--dry_run", action="store_true", help="Plan and calibrate the cells, and stop.")
+    parser.add_argument("--report_only", action="store_true", help="Run nothing; write the report of what is there.")
+    parser.add_argument(
+        "--publish", type=str | None, default=None, metavar="FOLDER", help="Copy report, records and cards there."
+    )
     options: Any = parse(parser, arguments)
     return _benchmark(options)
 
@@ -48,11 +62,15 @@ def _benchmark(options: Any) -> int:
     from lightning_dp.benchmark.backends import available_cpus, checked_jobs
     from lightning_dp.benchmark.grid_file import load_grid
     from lightning_dp.benchmark.progress import ConsoleReporter
+    from lightning_dp.benchmark.publish import publish
     from lightning_dp.benchmark.report import write_report
     from lightning_dp.benchmark.runner import Comparison
+    from lightning_dp.benchmark.selection import Selection
     from lightning_dp.cli import plugins  # noqa: F401  (names in configurations)
     from lightning_dp.cli.planning import plan_request
 
+    if options.report_only and (options.dry_run or options.only or options.seeds):
+        raise ConfigurationError("--report_only runs no cell; leave --dry_run, --only and --seeds out.")
     if options.address is not None and options.backend != "ray":
         raise ConfigurationError(f"--address {options.address} belongs to --backend ray; add it, or leave it out.")
     grid = load_grid(options.grid)
@@ -60,7 +78,8 @@ def _benchmark(options: Any) -> int:
     cpus = available_cpus()
     jobs = cpus if options.jobs is None else checked_jobs(options.jobs)
     threads = max(1, cpus // jobs)
-    backend = None if options.dry_run else _backend(options, jobs, threads)
+    selection = Selection(only=() if options.report_only else options.only, seeds=options.seeds)
+    backend = None if options.dry_run or options.report_only else _backend(options, jobs, threads)
     console = Console()
     reporter = ConsoleReporter(console)
     comparison = Comparison(grid, folder, planner=plan_request, wandb=options.wandb, threads=threads)
@@ -68,15 +87,18 @@ def _benchmark(options: Any) -> int:
         Text(f"{grid.name}: {len(grid.cells())} cells at delta {grid.delta:g}, {grid.relation}, in {folder}"),
         soft_wrap=True,
     )
-    comparison.plan(reporter)
-    if backend is None:
+    comparison.plan(reporter, selection)
+    if options.dry_run:
         return 0
     try:
-        with _sigterm_interrupts():
-            comparison.run(backend, reporter)
+        if backend is not None:
+            with _sigterm_interrupts():
+                comparison.run(backend, reporter)
     finally:
         reporter.close()
         spent = write_report(comparison.folder, list(comparison.records.values()), name=grid.name, delta=grid.delta)
+    if options.publish is not None:
+        publish(comparison.folder, Path(options.publish))
     _tell(console, comparison.folder, list(comparison.records.values()), [s for entry in spent for s in entry.lines()])
     return 1 if any(record.status in ("failed", "interrupted") for record in comparison.records.values()) else 0
 

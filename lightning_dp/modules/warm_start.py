@@ -58,7 +58,7 @@ class WarmStart(ABC):
     """
 
     def __init__(
-        self, *, budget: float = 0.2, samples: int = 10_000, steps: int = 500, learning_rate: float = 1e-2
+        self, *, budget: float = 0.2, samples: int = 10_000, steps: int = 300, learning_rate: float = 5e-3
     ) -> None:
         if not 0 < budget < 1:
             raise ConfigurationError(f"Expected warm_start.budget in (0, 1), a share of epsilon, got {budget=}.")
@@ -165,6 +165,7 @@ class MomentsWarmStart(WarmStart):
         clip: See `MomentsRounds`.
         emphasis: See `ClassMoments`.
         block_weights: See `ClassMoments`.
+        distortion: Random affine maps of the samples, see `ClassGaussianGenerator`; null draws none.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -175,22 +176,26 @@ class MomentsWarmStart(WarmStart):
         *,
         budget: float = 0.2,
         samples: int = 10_000,
-        steps: int = 500,
-        learning_rate: float = 1e-2,
+        steps: int = 300,
+        learning_rate: float = 5e-3,
         num_coefficients: int = 78,
         centre: float = 3.0,
         clip: float = 6.0,
         emphasis: float = 0.0,
         block_weights: tuple[float, float, float] = (0.15, 0.35, 0.92),
+        distortion: tuple[float, float, float, float] | None = None,
     ) -> None:
         super().__init__(budget=budget, samples=samples, steps=steps, learning_rate=learning_rate)
         self.num_coefficients, self.centre, self.clip = num_coefficients, centre, clip
-        self.emphasis, self.block_weights = emphasis, block_weights
+        self.emphasis, self.block_weights, self.distortion = emphasis, block_weights, distortion
         self._generator: ClassGaussianGenerator | None = None
 
     def describe_data(self, data: PublicFacts) -> None:  # noqa: D102
         self._generator = ClassGaussianGenerator(
-            data.image_shape, num_classes=data.num_classes, num_coefficients=self.num_coefficients
+            data.image_shape,
+            num_classes=data.num_classes,
+            num_coefficients=self.num_coefficients,
+            distortion=self.distortion,
         )
         self._rounds = MomentsRounds(
             self._generator,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.networks.basis import dct_matrix, lowest_frequencies
@@ -13,6 +14,9 @@ from lightning_dp.networks.generator import Generator
 
 # A coefficient of 1 at a low frequency moves pixels by about a seventh of a logit (4 / 28).
 _GAIN = 4.0
+
+# Pixels are kept so far from 0 and 1 before their logits are taken: black ones would dominate every moment.
+_PIXEL_MARGIN = 0.1
 
 
 class DCTGenerator(Generator):
@@ -107,6 +111,32 @@ class DCTGenerator(Generator):
         counts = torch.bincount(labels, minlength=self.num_classes).tolist()
         parts = [rows @ self.factors[label] for label, rows in enumerate(latent[order].split(counts)) if len(rows)]
         return torch.cat(parts)[torch.argsort(order)]
+
+    @torch.no_grad()
+    @override
+    def match_moments(self, images: Tensor, labels: Tensor) -> None:
+        """Set means and factors to the mean and the main directions of each class; the MLP adds nothing at first.
+
+        The moments are those of logits of pixels, in which the generator is linear: coefficients by least squares, and
+        of their directions those that matter most in pixels. Classes without an image keep what they have.
+        """
+        inside = self.inside.flatten()
+        synthesis = self.synthesis[:, inside].double()
+        logits = torch.logit(images.flatten(2)[:, :, inside].double(), eps=_PIXEL_MARGIN) - self.background
+        coefficients = (logits @ torch.linalg.pinv(synthesis)).flatten(1)
+        sizes = synthesis.norm(dim=1).repeat(self.image_shape[0])  # the rows are nearly orthogonal
+        for label in range(self.num_classes):
+            own = coefficients[labels == label]
+            if len(own) == 0:
+                continue
+            mean = own.mean(dim=0)
+            scaled = (own - mean) * sizes / math.sqrt(max(1, len(own) - 1))
+            _, lengths, directions = torch.linalg.svd(scaled, full_matrices=False)
+            main = (lengths[:, None] * directions)[: self.latent_dim] / sizes
+            self.means[label] = mean.float()
+            self.factors[label].zero_()[: len(main)] = main.float()
+        for parameter in self.mlp[-1].parameters():
+            parameter.zero_()
 
     def sample_latent(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """Return standard normal latents, (num, latent_dim)."""

@@ -31,6 +31,15 @@ class Generator(ReleasableNetwork):
         """Return the optimizer's parameter groups; one group unless the network knows better."""
         return [{"params": list(self.parameters()), "lr": learning_rate}]
 
+    def match_moments(self, images: Tensor, labels: Tensor) -> None:
+        """Set the parameters from moments of public images, where that has a closed form; nothing by default.
+
+        Args:
+            images: Public or released, in [0, 1], (N, C, H, W), on the device of the parameters.
+            labels: (N,).
+        """
+        return
+
     @torch.no_grad()
     def sample(
         self, num: int, *, seed: int | None = None, labels: Tensor | None = None, batch_size: int = 250

@@ -62,7 +62,7 @@ def card_of(ledger: PrivacyLedger, config: Mapping[str, Any], **changes: Any) ->
         "mechanism": {"mechanism": claim.mechanism},
         "data": {"name": ledger.header["dataset"], "fingerprint": ledger.header["fingerprint"]},
         "evaluation": evaluation(),
-        "cost": {"train_time_s": 1.0, "evaluation_time_s": 2.0, "total_time_s": 4.0, "peak_memory_mb": 512.3},
+        "cost": dict(train_time_s=1.0, evaluation_time_s=2.0, total_time_s=4.0, cpu_time_s=3.0, peak_memory_mb=512.3),
         "config": config,
     }
     return RunCard(**{**fields, **changes})

@@ -74,6 +74,43 @@ def test_layers_of_settings(tmp_path):
     assert found["by_epsilon"] == [12, 12, 14, 14] * 2
 
 
+def test_the_nearest_preset_is_taken_whole(tmp_path):
+    """Epsilon, data, and both: a preset of both goes first, then that of the data."""
+    path = write_grid(
+        tmp_path,
+        data=["Digits", "Letters", "Signs"],
+        settings={"trainer": {"max_epochs": 2}},
+        methods={
+            "first": {
+                "config": "base.yaml",
+                "mechanisms": ["Gaussian"],
+                "by_epsilon": {1: {"config": "low.yaml"}},
+                "by_data": {
+                    "Letters": {
+                        "config": "letters.yaml",
+                        "by_epsilon": {1: {"config": "both.yaml", "name2": 1}},
+                    },
+                    "Signs": {"config": "signs.yaml"},
+                },
+            }
+        },
+    )
+    for number, name in enumerate(["low", "letters", "both", "signs"], start=5):
+        config = {**BASE, "trainer": {"max_steps": number}, "mechanism": {"class_path": "Gaussian", "init_args": {}}}
+        config["mechanism"]["init_args"] = {"max_grad_norm": float(number)}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    found = {(cell.data, cell.epsilon): cell.config for cell in load_grid(path).cells()}
+    steps = {key: config["trainer"]["max_steps"] for key, config in found.items()}
+    assert steps == {
+        **{("Digits", 1.0): 5, ("Digits", 10.0): 3},
+        **{("Letters", 1.0): 7, ("Letters", 10.0): 6},
+        **{("Signs", 1.0): 8, ("Signs", 10.0): 8},
+    }
+    assert all(config["trainer"]["max_epochs"] == 2 for config in found.values())
+    assert found["Letters", 1.0]["name2"] == 1
+    assert found["Letters", 1.0]["mechanism"]["init_args"] == {"max_grad_norm": 7.0}
+
+
 def test_a_variant_of_a_mechanism_has_a_name_of_its_own(tmp_path):
     variants = {"Gaussian": {}, "small bound": {"class_path": "Gaussian", "init_args": {"max_grad_norm": 0.1}}}
     path = write_grid(tmp_path, epsilons=[1], methods={"first": {"config": "base.yaml", "mechanisms": variants}})
@@ -124,6 +161,18 @@ MISTAKES = {
     "data no names": ({"data": [{"class_path": "x"}]}, "Expected a name in data"),
     "by_epsilon": ({"methods": {"a": {**METHOD, "by_epsilon": {3: {}}}}}, "by_epsilon of a among 1, 10, got 3"),
     "by_data": ({"methods": {"a": {**METHOD, "by_data": {"x": {}}}}}, "by_data of a among"),
+    "by_epsilon of data": (
+        {"methods": {"a": {**METHOD, "by_data": {"Digits": {"by_epsilon": {3: {}}}}}}},
+        "by_epsilon of a among 1, 10, got 3",
+    ),
+    "by_epsilon twice": (
+        {"methods": {"a": {**METHOD, "by_epsilon": {1: {"by_epsilon": {10: {}}}}}}},
+        "Expected no 'by_epsilon' in methods.a.by_epsilon.1",
+    ),
+    "no config of a preset": (
+        {"methods": {"a": {**METHOD, "by_data": {"Digits": {"config": "none.yaml"}}}}},
+        "a configuration of a run at .*none.yaml",
+    ),
     "no config": ({"methods": {"a": {**METHOD, "config": "none.yaml"}}}, "a configuration of a run at .*none.yaml"),
     "same file names": ({"methods": {"a b": METHOD, "a_b": METHOD}}, "differ as file names.*a_b-Gaussian"),
     "a list": ({"methods": [1]}, "'key: value' lines in methods"),

@@ -119,7 +119,7 @@ def test_cells_without_a_result(reported):
 
 def test_cost_and_protocols(reported):
     text = (reported[0] / "report.md").read_text()
-    assert "| first | Gaussian | 1 | 1.0 s | 2.0 s | 4.0 s | 512 | 3 |" in section(text, "Cost")
+    assert "| first | Gaussian | 1 | 1.0 s | 2.0 s | 4.0 s | 3.0 s | 512 | 3 |" in section(text, "Cost")
     assert "aaaabbbbcccc: {" in section(text, "Metric protocols")
 
 

@@ -124,3 +124,45 @@ def test_nothing_is_written_outside_the_window():
 def test_generators_that_do_not_fit_are_refused(options):
     with pytest.raises(ConfigurationError, match="Expected"):
         make(**options)
+
+
+def drawn(generator: DCTGenerator, num: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return generator.sample(num, seed=3)
+
+
+def test_moments_of_samples_are_matched_without_a_step():
+    """The twin that starts at random is several times as far off in the mean image of a class."""
+    torch.manual_seed(1)
+    teacher = make(latent_dim=6, background=0.0)
+    with torch.no_grad():
+        teacher.means.normal_(std=0.7)
+        teacher.factors.mul_(0.5)
+    teacher.match_moments(*drawn(teacher))  # its MLP, too, adds nothing then
+    images, labels = drawn(teacher)
+    pupil = make(latent_dim=6, background=0.0)
+
+    def errors() -> tuple[float, float]:
+        fakes, of = drawn(pupil)
+        means = [(fakes[of == c].mean(0) - images[labels == c].mean(0)).abs().mean() for c in range(3)]
+        stds = [(fakes[of == c].std(0) - images[labels == c].std(0)).abs().mean() for c in range(3)]
+        return float(max(means)), float(max(stds))
+
+    before = errors()
+    pupil.match_moments(images, labels)
+    after = errors()
+    assert after[0] < 0.2 * before[0]
+    assert after[1] < 0.5 * before[1]
+    assert after[0] < 0.02
+
+
+def test_classes_without_samples_keep_what_they_have():
+    generator = make(window=6)
+    images, labels = drawn(generator, 60)
+    before = generator.means.detach().clone(), generator.factors.detach().clone()
+    some = labels != 1
+    generator.match_moments(images[some][:4], labels[some][:4])  # fewer samples than latent numbers, too
+    assert torch.equal(generator.means[1], before[0][1])
+    assert torch.equal(generator.factors[1], before[1][1])
+    assert not torch.equal(generator.means[0], before[0][0])
+    assert all(torch.isfinite(value).all() for value in generator.state_dict().values())
