@@ -1,6 +1,7 @@
 """Small runs of every kind of contribution, and what a process remembers of one."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from callbacks import GradientPrivatizer, PrivacyAccountant
+from callbacks import GradientPrivatizer, PrivacyAccountant, PrivateCheckpoint
 from callbacks.private_ddp import STRATEGY
 from lightning_dp.gradients.ranks import Ranks
 from lightning_dp.mechanisms.base import Mechanism
@@ -82,6 +83,22 @@ class Trace:
     state: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[Any, int] = field(default_factory=dict)
     has_stopped: bool = False
+    secrets: list[bytes] = field(default_factory=list)
+
+
+class Stopped(Exception):
+    """A run was stopped on purpose."""
+
+
+class StopAt(pl.Callback):
+    """Stops a run, on every process, before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            raise Stopped
 
 
 def run(name: str, *, is_private: bool, changes: dict[tuple[type, str], Any] | None = None, **options: Any) -> Trace:
@@ -91,9 +108,10 @@ def run(name: str, *, is_private: bool, changes: dict[tuple[type, str], Any] | N
         name: Of `CASES`.
         is_private: With the case's mechanism; without, the same run without noise.
         changes: Attributes of classes to replace, for a wrong version of the code.
-        options: `steps`, `seed` of noise and coins, `ledger` path, `checkpoint` to resume from, `callbacks`.
+        options: `steps`, `seed` of noise and coins, `ledger` path, `checkpoint` to resume from, `callbacks`, `noise`:
+            a list that is filled even if the run fails.
     """
-    case, trace = CASES[name], Trace()
+    case, trace = CASES[name], Trace(noise=options.get("noise", []))
     watch(trace)
     for (owner, attribute), value in (changes or {}).items():
         setattr(owner, attribute, value)
@@ -112,7 +130,8 @@ def run(name: str, *, is_private: bool, changes: dict[tuple[type, str], Any] | N
     module = case.make()
     own = [privatizer, accountant, *options.get("callbacks", lambda _: [])(accountant)]
     trainer = make_trainer(own, steps)
-    trainer.fit(module, datamodule=TinyData(), ckpt_path=options.get("checkpoint"), weights_only=True)
+    with suppress(Stopped):
+        trainer.fit(module, datamodule=TinyData(), ckpt_path=options.get("checkpoint"), weights_only=True)
     trace.state = {k: v.detach().clone() for k, v in module.state_dict().items() if isinstance(v, Tensor)}
     trace.counts = {str(key): count for key, count in accountant.ledger.counts().items()}
     trace.has_stopped = trainer.should_stop
@@ -121,13 +140,19 @@ def run(name: str, *, is_private: bool, changes: dict[tuple[type, str], Any] | N
 
 def make_trainer(callbacks: list[pl.Callback], steps: int) -> pl.Trainer:
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    options = {} if size == 1 else {"strategy": STRATEGY, "devices": size}
+    options: dict[str, Any] = {} if size == 1 else {"strategy": STRATEGY, "devices": size}
+    options["enable_checkpointing"] = any(isinstance(one, PrivateCheckpoint) for one in callbacks)
     return trainer_for(Path.cwd(), callbacks, steps, **options)
 
 
 def watch(trace: Trace) -> None:
     """Let a process note what is perturbed, and with what."""
     release, gaussian, whole = Mechanism.release, NoiseSource.gaussian, NoiseSource.whole
+    adopt = NoiseSource.adopt_secret
+
+    def noted_secret(self: NoiseSource, secret: bytes) -> None:
+        trace.secrets.append(secret)
+        adopt(self, secret)
 
     def noted_release(self: Mechanism, total: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         trace.totals.append(total.detach().clone())
@@ -148,16 +173,16 @@ def watch(trace: Trace) -> None:
         return drawn
 
     Mechanism.release, NoiseSource.gaussian = noted_release, noted_gaussian  # type: ignore[method-assign]
-    NoiseSource.whole = noted_whole  # type: ignore[method-assign]
+    NoiseSource.whole, NoiseSource.adopt_secret = noted_whole, noted_secret  # type: ignore[method-assign]
 
 
 def all_cases(*, is_private: bool, names: tuple[str, ...] = tuple(CASES), most_steps: int = STEPS) -> dict[str, Trace]:
     """Train every case, one after another, in one group of processes."""
     release, gaussian, whole = Mechanism.release, NoiseSource.gaussian, NoiseSource.whole
-    found = {}
+    adopt, found = NoiseSource.adopt_secret, {}
     for name in names:
         Mechanism.release, NoiseSource.gaussian = release, gaussian  # type: ignore[method-assign]
-        NoiseSource.whole = whole  # type: ignore[method-assign]
+        NoiseSource.whole, NoiseSource.adopt_secret = whole, adopt  # type: ignore[method-assign]
         found[name] = run(name, is_private=is_private, steps=min(most_steps, CASES[name].steps))
     return found
 
