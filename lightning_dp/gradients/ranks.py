@@ -4,6 +4,7 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Final, TypeVar
 
 import torch
@@ -17,8 +18,7 @@ Answer = TypeVar("Answer")
 _HERE: Final = 1
 _FAILED: Final = 0
 _SENT_AT_ONCE: Final = 64_000_000  # bytes
-_HASHED_AT_ONCE: Final = 2**20
-_GOLDEN: Final = -0x61C8864680B583EB  # odd, so that no product with it loses a bit
+_HASHED_AT_ONCE: Final = 2**16
 
 
 class Ranks:
@@ -221,15 +221,22 @@ class Ranks:
 
 def checksum(tensors: Sequence[Tensor]) -> int:
     """Return 63 bits that differ, but for chance, when a bit of a tensor does."""
-    found = 0
+    found = torch.zeros((), dtype=torch.int64, device=tensors[0].device if tensors else "cpu")
     for tensor in tensors:
         bits = tensor.detach().contiguous().flatten()
         words = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-        for start, few in enumerate(words.split(_HASHED_AT_ONCE)):
-            places = torch.arange(len(few), device=few.device) + start * _HASHED_AT_ONCE
-            mixed = (few.to(torch.int64) ^ (places * _GOLDEN)) * (2 * places + 1)
-            found = (found * 1_000_003 + int((mixed ^ (mixed >> 29)).sum())) % 2**63
-    return found
+        for few in words.split(_HASHED_AT_ONCE):
+            mask, weights = (table[: len(few)] for table in _tables(few.device))
+            found = found * 1_000_003 + ((few ^ mask) * weights).sum()  # whole numbers modulo 2^64
+    return int(found) % 2**63
+
+
+@lru_cache(maxsize=8)
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return fixed random masks and odd weights: changes in several places cancel by chance only."""
+    stream = torch.Generator().manual_seed(0)
+    masks, weights = (torch.randint(-(2**63), 2**63 - 1, (_HASHED_AT_ONCE,), generator=stream) for _ in range(2))
+    return masks.to(device), (weights | 1).to(device)
 
 
 ALONE: Final = Ranks()
