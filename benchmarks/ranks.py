@@ -69,6 +69,10 @@ def _module(name: str) -> tuple[Any, Any, str]:
 
 def step_seconds(name: str, steps: int) -> dict[str, float]:
     """Return CPU seconds of a step on this process, as one of its group: the median of `steps`."""
+    return _timed(*_module(name), steps=steps)
+
+
+def _timed(module: Any, mechanism: Any, relation: str, *, steps: int) -> dict[str, float]:
     import pytorch_lightning as pl
 
     from callbacks import GradientPrivatizer, PrivacyAccountant
@@ -76,7 +80,6 @@ def step_seconds(name: str, steps: int) -> dict[str, float]:
     from datamodules import EmbeddedDigits
     from lightning_dp.accounting.settings import PrivacySettings
 
-    module, mechanism, relation = _module(name)
     taken: list[float] = []
 
     class Clock(pl.Callback):
@@ -112,6 +115,7 @@ def constants(repeats: int) -> dict[str, float]:
     """Return rates of this process by the clock: draws, checksums, sums over the group and words."""
     import torch
 
+    from lightning_dp.gradients.poisson import PoissonSampler
     from lightning_dp.gradients.ranks import Ranks, checksum
     from lightning_dp.mechanisms.noise import NoiseSource
 
@@ -121,6 +125,8 @@ def constants(repeats: int) -> dict[str, float]:
         noise, values = NoiseSource(), torch.rand(1_000_000)
         found["noise_per_s"] = 1e6 / _fastest(lambda: noise.gaussian((1_000_000,), std=1.0, release_number=1), repeats)
         found["checksum_bytes_per_s"] = 4e6 / _fastest(lambda: checksum([values]), repeats)
+        sampler = PoissonSampler(1_000_000, rate=1e-3)
+        found["coins_per_s"] = 1e6 / _fastest(sampler.draw, repeats)
         doubles = torch.rand(1_000_000, dtype=torch.float64)
         found["copy_bytes_per_s"] = 16e6 / _fastest(lambda: doubles.clone(), repeats)
         return found
@@ -132,6 +138,33 @@ def constants(repeats: int) -> dict[str, float]:
         total = torch.zeros(number, dtype=torch.float64)
         found[f"sum_{number}_s"] = _fastest(lambda total=total: ranks.sum(total), repeats)
     return found
+
+
+def dense_step(width: int, batch: int) -> dict[str, float]:
+    """Return parameters, peak memory and CPU seconds of a DP-SGD step (Adam) of a dense network on this process."""
+    import torch
+    from torch import nn
+
+    from lightning_dp.mechanisms.gaussian import Gaussian
+    from lightning_dp.modules.dpsgd import DPSGDClassifier
+    from lightning_dp.networks.classifier import Classifier
+
+    class Dense(Classifier):
+        """Two hidden layers of one width."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.image_shape, self.num_classes = (1, 28, 28), 10
+            hidden = [nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            self.body = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
+
+        def forward(self, images: Any) -> Any:
+            return self.body(images)
+
+    torch.manual_seed(0)
+    module = DPSGDClassifier(Dense(), expected_batch_size=batch, optimizer="adam")
+    found = _timed(module, Gaussian(), "add_or_remove_one", steps=4)
+    return {**found, "parameters": float(sum(p.numel() for p in module.network.parameters()))}
 
 
 def _fastest(function: Callable[[], Any], repeats: int) -> float:
@@ -182,6 +215,15 @@ def measure(*, quick: bool) -> dict[str, Any]:
             lines.append({"method": name, "size": size, "busiest_s": busiest, "all_s": together, "peak_bytes": peak})
             print(f"{name}, {size} processes: {1e3 * busiest:.1f} ms", file=sys.stderr, flush=True)
     rates = {str(size): in_group(size, ["constants", 5 if quick else 20])[0] for size in sizes}
+    widths = (300, 1000) if quick else (300, 5000)
+    small, large = (in_group(1, ["dense", width, 16])[0] for width in widths)
+    few, many = (in_group(1, ["dense", 1000, batch])[0] for batch in (32, 512))
+    added = large["parameters"] - small["parameters"]
+    rates["1"] |= {
+        "bytes_per_parameter": (large["peak_bytes"] - small["peak_bytes"]) / added,
+        "s_per_parameter": (large["cpu_s"] - small["cpu_s"]) / added,
+        "s_per_record_and_parameter": (many["cpu_s"] - few["cpu_s"]) / 480 / many["parameters"],
+    }
     return {"lines": lines, "constants": rates}
 
 
@@ -204,7 +246,12 @@ def section(found: dict[str, Any], when: str) -> str:
     alone = found["constants"]["1"]
     out += ["", "| constant of one process, by the clock | |", "|---|---|"]
     out += [f"| noise, float64 draws | {alone['noise_per_s'] / 1e6:.0f} million/s |"]
+    out += [f"| coins of records | {alone['coins_per_s'] / 1e6:.0f} million/s |"]
     out += [f"| checksum | {alone['checksum_bytes_per_s'] / 1e9:.2f} GB/s |"]
+    out += [f"| a step of DP-SGD with Adam, memory per parameter | {alone['bytes_per_parameter']:.0f} bytes |"]
+    out += [f"| the same, time per parameter (16 records) | {1e9 * alone['s_per_parameter']:.0f} ns |"]
+    per_record = 1e12 * alone["s_per_record_and_parameter"]
+    out += [f"| gradient, norm and sum of a record, per parameter of dense layers | {per_record:.0f} ps |"]
     out += [f"| copy | {alone['copy_bytes_per_s'] / 1e9:.1f} GB/s |"]
     for size in sizes[1:]:
         rates = found["constants"][str(size)]
@@ -231,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.worker:
         kind, *task = json.loads(options.worker)
-        print(json.dumps(step_seconds(*task) if kind == "step" else constants(*task)))
+        print(json.dumps({"step": step_seconds, "dense": dense_step, "constants": constants}[kind](*task)))
         return 0
     found = measure(quick=options.quick)
     text = section(found, time.strftime("%Y-%m-%d") + f", {os.cpu_count()} cores, one thread a process")
