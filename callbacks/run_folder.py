@@ -142,6 +142,7 @@ class RunFolder(pl.Callback):
                 "cpu_time_s": time.process_time(),
                 "peak_memory_mb": _peak_memory_mb(),
                 "device": self._device,
+                "processes": trainer.world_size,
                 "machine": f"{platform.machine()}, {platform.system()}",
                 "processors": f"{os.cpu_count()} processors, {torch.get_num_threads()} used",
                 "memory": f"{_total_memory_gb():.0f} GB of memory",

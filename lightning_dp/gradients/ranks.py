@@ -116,7 +116,7 @@ class Ranks:
         """Return what process 0 finds; the others wait for it, and do not ask.
 
         Args:
-            function: Called on process 0 alone. Its answer is sent with `pickle`, and must not be private.
+            function: Called on process 0 alone. Its answer is sent to the others of this run with `pickle`.
 
         Raises:
             PeerError: It raised; on process 0 its own error comes out.

@@ -14,8 +14,8 @@ from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 
 # Everything a record sends lies on fixed grids, so that sums are exact and no record moves another one's rounding.
 _COEFFICIENT_STEPS = 2.0**14
-_ROW_STEPS = 2.0**30
-_MAX_RECORDS = 2**22  # so many rows of at most 1 add up to less than 2^53 steps
+_ROW_STEPS = 2.0**28
+_MAX_RECORDS = 2**24  # so many rows of at most 1 add up to less than 2^53 steps
 _MAX_CENTRE = 100.0  # noise can throw a centre far away; squared distances stay below 2^53 steps
 
 # Rows stay this far (relative) inside the unit ball, more than a mechanism's own margin, so that none is scaled.

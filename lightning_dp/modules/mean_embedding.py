@@ -16,8 +16,8 @@ from lightning_dp.networks.basis import LowFrequencyDCT
 _POINT_STEPS = 2.0**12
 _TURN_STEPS = 2.0**22
 _PHASES = 2**16
-_ROW_STEPS = 2.0**30
-_MAX_RECORDS = 2**22
+_ROW_STEPS = 2.0**28
+_MAX_RECORDS = 2**24
 _ROW_MARGIN = 2e-6
 
 

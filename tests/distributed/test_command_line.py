@@ -29,11 +29,11 @@ def command(*flags: object, launcher: tuple[str, ...] = PYTHON) -> list[str]:
     return [*launcher, "fit", *map(str, flags)]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], out: int = subprocess.DEVNULL) -> subprocess.Popen:
     return subprocess.Popen(
         arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=out,
+        stderr=out,
         text=True,
         env=clean_environment(),
         start_new_session=True,
@@ -46,7 +46,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def finished(arguments: list[str]) -> tuple[int, str, str]:
-    process = start(arguments)
+    process = start(arguments, subprocess.PIPE)
     try:
         out, err = process.communicate(timeout=PATIENCE_S)
     finally:
