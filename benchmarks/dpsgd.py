@@ -80,13 +80,15 @@ def _ours(network: Any, images: Any, labels: Any, mode: str = "auto") -> Callabl
     views, steps = images.unsqueeze(1), iter(range(1, 10**6))
 
     def step() -> None:
+        optimizer.zero_grad()
         total = torch.zeros(1, spec.vector_dim, dtype=torch.float64)
         at_once = source.records_at_once(network, mean_cross_entropy, (views, labels))
         for ids in torch.arange(len(images)).split(at_once):
             chunks = source.gradients(network, mean_cross_entropy, (views[ids], labels[ids]), ids=ids)
             if next(rows_where_needed(chunks, mechanism, spec, total), None) is not None:
                 raise RuntimeError("Flat clipping needs norms alone, but rows were formed.")
-        released = mechanism.release(total, plan, noise, release_number=next(steps), public_seed=0)
+        number = next(steps)
+        released = mechanism.release(total, plan, noise, release_number=number, public_seed=0, may_overwrite=True)
         for parameter, part in zip(parameters, released.flatten().split(list(segments)), strict=True):
             parameter.grad = part.view_as(parameter)
         optimizer.step()

@@ -14,6 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lightning_dp.errors import PrivacyProtocolError
+
 # A number of a row costs about as much to write, measure and sum as this many multiplications (docs/performance.md).
 _TRAFFIC: Final = 30
 _BLOCK_ENTRIES: Final = 2**16
@@ -151,27 +153,40 @@ class Product(Part):
     """The sum over T places of an outer product, (p, d), of two factors of each record; never formed.
 
     Norms come from the inner products of the factors at two places (T^2 (p + d) multiplications instead of T p d), and
-    the weighted sum over records is one matrix product. Both in double precision.
+    the weighted sum over records is one matrix product. Both in double precision, from exact copies.
 
     Args:
-        left: (n, T, p), float64.
-        right: (n, T, d), float64.
+        left: (n, T, p).
+        right: (n, T, d).
         order: Of the entries; None where they lie as in the parameter.
     """
 
     def __init__(self, left: Tensor, right: Tensor, order: Order | None = None) -> None:
         self._left, self._right, self._order = left, right, order
+        self._versions = (left._version, right._version)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        # They are what the network computed with: a write to them between norm and sum would void the bound.
+        if (self._left._version, self._right._version) != self._versions:
+            raise PrivacyProtocolError(
+                "The inputs or output gradients of a layer were overwritten before they were summed."
+            )
+        return self._left, self._right
 
     def rows(self) -> Tensor:  # noqa: D102
-        rows = torch.bmm(self._left.mT, self._right).flatten(1)
+        left, right = self._factors()
+        rows = torch.bmm(left.mT.to(torch.float64), right.to(torch.float64)).flatten(1)
         return rows if self._order is None else self._order.restored(rows)
 
     @cached_property
     def squared_norms(self) -> Tensor:  # noqa: D102
         if self._left.shape[1] == 1:
             return self.squared_masses
-        inner = [torch.bmm(factor, factor.mT) for factor in (self._left, self._right)]  # (n, T, T)
-        return (inner[0] * inner[1]).sum((1, 2)).clamp(min=0)
+        inner = []
+        for factor in self._factors():
+            exact = factor.to(torch.float64)
+            inner.append(torch.bmm(exact, exact.mT))  # (n, T, T)
+        return inner[0].mul_(inner[1]).sum((1, 2)).clamp(min=0)
 
     @property
     def squared_bounds(self) -> Tensor:  # noqa: D102
@@ -181,11 +196,13 @@ class Product(Part):
 
     @cached_property
     def squared_masses(self) -> Tensor:  # noqa: D102
-        left, right = (torch.linalg.vector_norm(factor, dim=2) for factor in (self._left, self._right))
+        left, right = (_lengths(factor) for factor in self._factors())
         return (left * right).sum(1).square()
 
     def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
-        weighted, right = (self._left * weights[:, None, None]).flatten(0, 1), self._right.flatten(0, 1)
+        left, right = self._factors()
+        weighted = left.to(torch.float64, copy=True).mul_(weights[:, None, None]).flatten(0, 1)
+        right = right.flatten(0, 1).to(torch.float64)
         if self._order is None:
             total.view(weighted.shape[1], right.shape[1]).addmm_(weighted.T, right)
         else:
@@ -193,12 +210,18 @@ class Product(Part):
 
     def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
         is_silent = is_silent[:, None, None]
-        left, right = (factor.masked_fill(is_silent, 0.0) for factor in (self._left, self._right))
+        left, right = (factor.masked_fill(is_silent, 0.0) for factor in self._factors())
         return Product(left, right, self._order)
 
     @property
     def num_bytes(self) -> int:  # noqa: D102
-        return 8 * (self._left.numel() + self._right.numel())
+        return self._left.nbytes + self._right.nbytes
+
+
+def _lengths(factor: Tensor) -> Tensor:
+    """Return the norms at each place, (n, T), in double precision, a few records' exact copies at a time."""
+    few = max(1, _CACHED_ENTRIES // max(1, factor[0].numel()))
+    return torch.cat([torch.linalg.vector_norm(part.to(torch.float64), dim=2) for part in factor.split(few)])
 
 
 def product(
@@ -215,7 +238,7 @@ def product(
     """
     n, places, p = left.shape
     if not as_rows and places * (1 + places * (p + d) / (p * d)) < _TRAFFIC:
-        return Product(left.to(torch.float64), right(slice(0, n)).to(torch.float64), order)
+        return Product(left, right(slice(0, n)), order)
     rows = left.new_empty(n, p, d)
     at_once = max(1, _CACHED_ENTRIES // (places * d))
     for start in range(0, n, at_once):

@@ -30,6 +30,8 @@ from lightning_dp.mechanisms.noise import NoiseSource
 
 NoiseLaw: TypeAlias = Literal["gaussian", "rounded_gaussian", "discrete_gaussian"]
 
+_LONG: Final = 2**18
+
 _EVENTS: Final[dict[NoiseLaw, type[GaussianRelease | DiscreteGaussianRelease]]] = {
     "gaussian": GaussianRelease,
     "rounded_gaussian": RoundedGaussianRelease,
@@ -212,7 +214,7 @@ class Mechanism(ABC):
         return total
 
     def perturb(self, measured: Tensor, plan: ReleasePlan, noise: NoiseSource, *, release_number: int) -> Tensor:
-        """Return the measured value with noise of `noise_std` on every coordinate.
+        """Return the measured value, which may be overwritten, with noise of `noise_std` on every coordinate.
 
         A mechanism that perturbs in another way states another event (`step_event`) and an equal `mean`.
         """
@@ -223,8 +225,11 @@ class Mechanism(ABC):
                 self.noise, tuple(whole.shape), scale=Fraction(std) / Fraction(step), release_number=release_number
             ).to(whole.device)
             return whole.to(torch.float64).mul_(step)
-        drawn = noise.gaussian(tuple(measured.shape), std=self.noise_std(plan), release_number=release_number)
-        return drawn.to(measured.device).add_(measured)  # in place: a release may be longer than a batch is large
+        std = self.noise_std(plan)
+        if measured.numel() >= _LONG:  # longer than a batch is large: no second vector
+            return noise.add_gaussian(measured, std=std, release_number=release_number)
+        drawn = noise.gaussian(tuple(measured.shape), std=std, release_number=release_number)
+        return drawn.to(measured.device).add_(measured)
 
     def mean(self, measured: Tensor, plan: ReleasePlan) -> Tensor:
         """Return the mean of what `decode` would be handed; for values computed from public rows only."""
@@ -267,7 +272,14 @@ class Mechanism(ABC):
 
     @final
     def release(
-        self, total: Tensor, plan: ReleasePlan, noise: NoiseSource, *, release_number: int, public_seed: int
+        self,
+        total: Tensor,
+        plan: ReleasePlan,
+        noise: NoiseSource,
+        *,
+        release_number: int,
+        public_seed: int,
+        may_overwrite: bool = False,
     ) -> Tensor:
         """Perturb what is measured of the summed rows, once, and decode.
 
@@ -277,11 +289,12 @@ class Mechanism(ABC):
             noise: The secret noise source.
             release_number: The number under which the ledger already holds this release.
             public_seed: Seed of public randomness.
+            may_overwrite: Whether the caller is done with the total; spares a copy of it.
 
         Returns:
             The released direction, (num_vectors, vector_dim), float32; safe.
         """
-        value = self.measure(total.to(torch.float64), plan.spec)
+        value = self.measure(total.to(torch.float64, copy=not may_overwrite), plan.spec)
         if self.is_private:
             value = self.perturb(value, plan, noise, release_number=release_number)
         released = self.decode(value, plan, release_number, public_seed).to(torch.float32)

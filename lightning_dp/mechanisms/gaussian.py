@@ -123,4 +123,4 @@ class Gaussian(Mechanism):
 
     def decode(self, noisy_total: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
         """Return the noisy mean over the public number of rows."""
-        return noisy_total / plan.spec.rows_per_vector
+        return noisy_total.to(torch.float32).div_(plan.spec.rows_per_vector)  # no second long vector

@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 from fractions import Fraction
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lightning_dp.errors import PrivacyProtocolError
 from lightning_dp.mechanisms.whole_noise import WholeLaw, whole_noise
+
+_BLOCK: Final = 2**15  # draws that stay in the cache until they are added
 
 
 class NoiseSource:
@@ -69,10 +71,35 @@ class NoiseSource:
         Raises:
             ValueError: `std` is negative or not finite.
         """
-        if not (np.isfinite(std) and std >= 0):
-            raise ValueError(f"Expected a finite noise std >= 0, got std={std}. Check privacy.noise_multiplier.")
+        _check_std(std)
         draw = self.generator(release_number=release_number, leaf=leaf).standard_normal(shape)
         return torch.from_numpy(np.multiply(draw, std, out=np.asarray(draw)))
+
+    def add_gaussian(self, total: Tensor, *, std: float, release_number: int, leaf: str = "noise") -> Tensor:
+        """Add what `gaussian` returns to a total, a block at a time, so that a long release needs no second vector.
+
+        Args:
+            total: float64; overwritten where it lies in one piece on the CPU.
+            std: See `gaussian`, as all that follow.
+            release_number: The number that the ledger gave to this release.
+            leaf: Name of the part of the release.
+
+        Returns:
+            The sum, on the device of the total.
+        """
+        _check_std(std)
+        if total.dtype != torch.float64:
+            raise ValueError(f"Expected a total in float64 to add noise to, got dtype={total.dtype}.")
+        summed = total.detach().cpu().contiguous()
+        source = self.generator(release_number=release_number, leaf=leaf)
+        numbers = summed.view(-1).numpy()
+        drawn = np.empty(min(_BLOCK, len(numbers)))
+        for start in range(0, len(numbers), _BLOCK):
+            block = numbers[start : start + _BLOCK]
+            few = drawn[: len(block)]
+            source.standard_normal(out=few)
+            block += np.multiply(few, std, out=few)
+        return summed.to(total.device)
 
     def whole(
         self, law: WholeLaw, shape: tuple[int, ...], *, scale: Fraction, release_number: int, leaf: str = "noise"
@@ -120,3 +147,8 @@ class NoiseSource:
 
     def __repr__(self) -> str:
         return f"NoiseSource(is_secret={self.is_secret})"
+
+
+def _check_std(std: float) -> None:
+    if not (np.isfinite(std) and std >= 0):
+        raise ValueError(f"Expected a finite noise std >= 0, got std={std}. Check privacy.noise_multiplier.")

@@ -211,6 +211,8 @@ class RecordModule(PoissonModule):
     def train_on_release(self, network: nn.Module) -> None:
         """Make the release of this step, and let the optimizer take it as the gradient of `network`."""
         parameters = trainable_parameters(network).values()
+        for parameter in parameters:
+            parameter.grad = None  # of the last step: as much memory as the network
         rows = self.record_rows(self.draw_records())
         self.assign_released(parameters, self.release(rows, (1, sum(p.numel() for p in parameters))))
         self.step_optimizer()

@@ -166,7 +166,12 @@ class ReleaseSession:
             noise_energy = self.mechanism.noise_std(self.plan) * total.numel() ** 0.5
             self._log_raw("raw/signal_to_noise", float(total.double().norm()) / noise_energy)
         value = self.mechanism.release(
-            total, self.plan, self._noise, release_number=number, public_seed=self._public_seed
+            total,
+            self.plan,
+            self._noise,
+            release_number=number,
+            public_seed=self._public_seed,
+            may_overwrite=True,
         )
         if self._ranks.size > 1:
             self._seen = checksum([value])

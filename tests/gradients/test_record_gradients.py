@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_dp.errors import PrivacyProtocolError
 from lightning_dp.gradients import overheard
 from lightning_dp.gradients.overheard import UnsupportedNetwork
 from lightning_dp.gradients.parts import Product, Rows
@@ -307,6 +308,15 @@ class TestBounds:
         exact = part.rows().norm(dim=1)
         assert (part.squared_bounds.sqrt() >= exact * (1 - 1e-15)).all()
         assert (part.squared_masses.sqrt() >= exact).all()
+
+
+def test_factors_that_were_overwritten_after_they_were_measured_are_refused():
+    left, right = torch.randn(3, 1, 4), torch.randn(3, 1, 5)
+    found = RecordGradients(torch.arange(3), [[Product(left, right)]], [20])
+    assert torch.isfinite(found.norm_bounds).all()
+    right.mul_(100)
+    with pytest.raises(PrivacyProtocolError, match="overwritten"):
+        found.weighted_sum(torch.ones(3).double())
 
 
 def clipped_sum(net, values, bound=1.0):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_dp.accounting.events import NonPrivateRelease
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.mechanisms import base
 from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
@@ -173,3 +174,17 @@ def test_rows_that_never_oppose_each_other_move_a_sum_by_sqrt_two_bounds():
         assert Gaussian(max_grad_norm=0.5).l2_sensitivity(spec, relation) == 0.5
     # Scaled layer by layer, two vectors at a right angle need not stay so.
     assert Gaussian(clipping="per_layer").row_diameter(spec) == 2.0
+
+
+def test_a_long_release_needs_no_second_vector_and_is_the_same(monkeypatch):
+    spec = ContributionSpec.records(expected_batch_size=4, vector_dim=50)
+    plan = ReleasePlan(spec=spec, relation=NeighboringRelation.ADD_OR_REMOVE_ONE, noise_multiplier=1.5)
+    total, noise = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(0), NoiseSource()
+    kept = total.clone()
+    options = {"release_number": 1, "public_seed": 0}
+    short = Gaussian().release(total, plan, noise, **options)
+    monkeypatch.setattr(base, "_LONG", 1)
+    assert torch.equal(Gaussian().release(total, plan, noise, **options), short)
+    assert torch.equal(total, kept)
+    assert torch.equal(Gaussian().release(total, plan, noise, **options, may_overwrite=True), short)
+    assert not torch.equal(total, kept)

@@ -102,3 +102,21 @@ def test_a_forked_child_cannot_repeat_its_parents_noise():
         os._exit(refusals())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(asked)
     assert refusals() == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**15, 2**15 + 1, 100_000])
+def test_noise_that_is_added_in_blocks_is_the_noise_that_is_drawn(size):
+    source, total = NoiseSource(), torch.linspace(-5, 5, size, dtype=torch.float64)
+    wanted = source.gaussian((size,), std=2.5, release_number=3).add_(total)
+    kept = total.clone()
+    found = source.add_gaussian(total, std=2.5, release_number=3)
+    assert torch.equal(found, wanted)
+    assert found.data_ptr() == total.data_ptr()
+    assert size == 0 or not torch.equal(total, kept)
+
+
+def test_noise_is_added_to_nothing_less_precise():
+    with pytest.raises(ValueError, match="float64"):
+        NoiseSource().add_gaussian(torch.zeros(3), std=1.0, release_number=1)
+    with pytest.raises(ValueError, match="noise std"):
+        NoiseSource().add_gaussian(torch.zeros(3).double(), std=-1.0, release_number=1)
