@@ -78,6 +78,7 @@ class Door:
         make_noise: Makes the noise source from a seed; None is a fresh secret.
         reduce: Sums over ranks.
         public_seed: Seed of public randomness.
+        may_release: Asked before each release.
     """
 
     mechanism: Mechanism
@@ -86,6 +87,7 @@ class Door:
     make_noise: Callable[[int | None], NoiseSource] = field(default=lambda seed: NoiseSource(insecure_seed=seed))
     reduce: Callable[[Tensor], Tensor] = field(default=lambda total: total)
     public_seed: int = 0
+    may_release: Callable[[ReleaseEvent, Sampling], None] = field(default=lambda event, sampling: None)
 
     def open(self, *, seed: int | None = None, silent: bool = False) -> "OpenDoor":
         """Return a door with a ledger and a noise source of its own, ready for releases.
@@ -154,14 +156,14 @@ class OpenDoor:
         self.tap = Tap(door.mechanism, silent=silent)
         header = {"relation": relation_name(door.plan.relation), "unit": door.plan.spec.unit}
         self.ledger = PrivacyLedger(header, None)
-        self._session = door.session(
+        self.session = door.session(
             mechanism=self.tap.mechanism,
             plan=door.plan,
             ledger=self.ledger,
             sampling=FULL,
             noise=door.make_noise(seed),
             public_seed=door.public_seed,
-            may_release=lambda event, sampling: None,
+            may_release=door.may_release,
             reduce=door.reduce,
         )
 
@@ -171,9 +173,9 @@ class OpenDoor:
         Args:
             chunks: Rows, as a method would hand them in.
         """
-        self._session.begin_step()
-        released = self._session.release(chunks, self.door.shape, torch.device("cpu"))
-        self._session.end_step()
+        self.session.begin_step()
+        released = self.session.release(chunks, self.door.shape, torch.device("cpu"))
+        self.session.end_step()
         heard = Heard(self.tap.measured[-1], self.tap.noisy[-1], released.value.flatten())
         self.tap.measured.clear()
         self.tap.noisy.clear()

@@ -9,13 +9,14 @@ from lightning_dp.auditing.door import Door
 from lightning_dp.auditing.hygiene import audit_hygiene
 from lightning_dp.auditing.noise_scale import audit_noise
 from lightning_dp.auditing.one_run import audit_one_run, can_run_once
+from lightning_dp.auditing.protocol import audit_protocol
 from lightning_dp.auditing.result import AuditResult
 from lightning_dp.auditing.sensitivity import audit_sensitivity
 from lightning_dp.auditing.trajectory import audit_trajectory
 from lightning_dp.auditing.two_worlds import audit_two_worlds
 from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 
-NAMES = ("sensitivity", "noise", "noise hygiene", "directions", "two worlds", "one run", "trajectory")
+NAMES = ("protocol", "sensitivity", "noise", "noise hygiene", "directions", "two worlds", "one run", "trajectory")
 """All audits of a mechanism."""
 
 
@@ -40,7 +41,7 @@ def audit_mechanism(
         delta: Of the claims.
         only: Names of audits to run.
     """
-    found = []
+    found = [audit_protocol(door, delta=delta)] if "protocol" in only else []
     if "sensitivity" in only:
         found.append(audit_sensitivity(door, delta=delta))
     if door.has_additive_noise and "noise" in only:
