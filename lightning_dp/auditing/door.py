@@ -5,15 +5,26 @@ from a `NoiseSource`. A shallow copy of the mechanism reports what passes throug
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 from lightning_dp.accounting.accountants import compute_epsilon
-from lightning_dp.accounting.events import GaussianRelease, ReleaseEvent, Sampling, TernaryRelease, relation_name
+from lightning_dp.accounting.events import (
+    AdditiveRelease,
+    GaussianRelease,
+    ReleaseEvent,
+    Sampling,
+    TernaryRelease,
+    relation_name,
+)
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import Mechanism, ReleasePlan
@@ -115,8 +126,18 @@ class Door:
 
     @property
     def has_additive_noise(self) -> bool:
-        """Whether the event states Gaussian noise on what is measured."""
+        """Whether the event states independent noise on what is measured."""
+        return isinstance(self.event, AdditiveRelease)
+
+    @property
+    def has_gaussian_noise(self) -> bool:
+        """Whether that noise is Gaussian, or what becomes of Gaussian noise by rounding."""
         return isinstance(self.event, GaussianRelease)
+
+    @property
+    def law(self) -> "NoiseLawOf":
+        """The law of the noise that the event states."""
+        return NoiseLawOf(self.mechanism, self.plan)
 
     @property
     def charges_noisy_value(self) -> bool:
@@ -140,6 +161,49 @@ class Door:
             f"{type(self.mechanism).__name__} on {spec.kind} rows ({spec.num_vectors} x {spec.vector_dim}), "
             f"{relation_name(self.plan.relation)}, noise multiplier {self.plan.noise_multiplier:g}"
         )
+
+
+class NoiseLawOf:
+    """The law of additive noise: normal, normal and rounded to whole steps, or discrete normal on whole steps.
+
+    Args:
+        mechanism: The mechanism.
+        plan: Its plan.
+
+    Attributes:
+        step: Of what the noise is a whole multiple; 0 where it is of nothing.
+    """
+
+    def __init__(self, mechanism: Mechanism, plan: ReleasePlan) -> None:
+        self._law, self._scale = mechanism.noise, mechanism.noise_std(plan)
+        self.step = 0.0 if self._law == "gaussian" else mechanism.grid_step(plan.spec)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the noise that is drawn."""
+        if self._law == "gaussian":
+            return self._scale
+        if self._law == "rounded_gaussian":
+            return math.sqrt(self._scale**2 + self.step**2 / 12)
+        steps, masses = self._masses()
+        return self.step * math.sqrt(float((masses * steps**2).sum()))
+
+    def cdf(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the chance of no more than each value."""
+        if self._law == "discrete_gaussian":
+            steps, masses = self._masses()
+            places = np.searchsorted(steps, np.rint(values / self.step), side="right")
+            below: NDArray[np.float64] = np.concatenate([[0.0], np.cumsum(masses)])[places]
+            return below
+        found: NDArray[np.float64] = stats.norm.cdf((values + self.step / 2) / self._scale)
+        return found
+
+    def _masses(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        relative = self._scale / self.step
+        last = math.ceil(12 * relative) + 3
+        steps = np.arange(-last, last + 1, dtype=np.float64)
+        weights = np.exp(-(steps**2) / (2 * relative**2))
+        return steps, weights / weights.sum()
 
 
 class OpenDoor:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from lightning_dp.auditing.door import Door, Heard
+from lightning_dp.auditing.door import Door, Heard, NoiseLawOf
 from lightning_dp.auditing.result import AuditResult, Plot, judge
 
 FINDS = (
@@ -36,7 +37,8 @@ def audit_hygiene(
         make_door: Makes the door of another start; None opens the same one again, with whatever secret it then draws.
     """
     opened, again = door.open(), (door if make_door is None else make_door()).open()
-    std = door.mechanism.noise_std(door.plan)
+    law = door.law
+    std = law.std
     first = _noise(opened.release(()))
     releases = max(6, math.ceil(_WANTED_DRAWS / len(first))) if releases is None else releases
     draws = torch.stack([first, *(_noise(opened.release(())) for _ in range(releases - 1))]) / std
@@ -44,13 +46,16 @@ def audit_hygiene(
     others = torch.stack([_noise(again.release(())) for _ in range(len(few))]) / std
     pooled = draws.flatten()
     found = {
-        "p of the law": float(stats.kstest(pooled.numpy(), "norm").pvalue),
+        "p of the law": _law_p(pooled.numpy() * std, law),
         "p of releases alike": _least_p(few),
         "p of blocks alike": _least_p(_blocks(few)),
         "p of starts alike": _least_p(torch.cat([few, others])),
     }
-    duplicates = 1 - len(torch.unique(pooled)) / len(pooled)
-    single = _share_of_single_precision(pooled)
+    is_whole = law.step > 0
+    # Whole numbers come again and have no last bits; they have to be whole instead.
+    duplicates = 0.0 if is_whole else 1 - len(torch.unique(pooled)) / len(pooled)
+    single = 0.0 if is_whole else _share_of_single_precision(pooled)
+    off = float(((pooled * std / law.step).frac().abs() - 0.5).abs().le(0.499).double().mean()) if is_whole else 0.0
     name, worst = min(found.items(), key=lambda item: item[1])
     return AuditResult(
         audit="noise hygiene",
@@ -59,14 +64,14 @@ def audit_hygiene(
         confidence=0.9999,
         claimed_epsilon=None,
         delta=0.0,
-        verdict=judge(is_alarm=worst < _ALARM_P or duplicates > 0.01 or single > 0.01, is_doubt=worst < _DOUBT_P),
+        verdict=judge(is_alarm=worst < _ALARM_P or duplicates > 0.01 or single > 0.01 or off > 0, is_doubt=worst < _DOUBT_P),
         summary=(
             f"smallest p-value {worst:.2g} ({name[5:]}), {duplicates:.2%} duplicates, {single:.2%} in single precision, "
             f"over {pooled.numel()} draws"
         ),
         finds=FINDS,
         misses=MISSES,
-        measured={**found, "duplicates": duplicates, "single_precision": single},
+        measured={**found, "duplicates": duplicates, "single_precision": single, "off_the_grid": off},
         plot=Plot(
             x_label="noise / stated std",
             y_label="density",
@@ -76,6 +81,13 @@ def audit_hygiene(
             },
         ),
     )
+
+
+def _law_p(draws: NDArray[np.float64], law: NoiseLawOf) -> float:
+    """Return the p-value of Kolmogorov and Smirnov; too large, never too small, where values come again."""
+    values, counts = np.unique(draws, return_counts=True)
+    distance = float(np.abs(np.cumsum(counts) / len(draws) - law.cdf(values)).max())
+    return float(stats.kstwobign.sf(math.sqrt(len(draws)) * distance))
 
 
 def _noise(heard: Heard) -> Tensor:

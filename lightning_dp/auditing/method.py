@@ -18,10 +18,10 @@ from torch import Tensor
 from callbacks import GradientPrivatizer, PrivacyAccountant
 from datamodules import ImageDataModule
 from lightning_dp.accounting.accountants import compute_epsilon
-from lightning_dp.accounting.events import GaussianRelease, ReleaseEvent
+from lightning_dp.accounting.events import AdditiveRelease, GaussianRelease, ReleaseEvent, TernaryRelease
 from lightning_dp.accounting.settings import PrivacySettings
 from lightning_dp.auditing.bounds import epsilon_of_mu, std_interval
-from lightning_dp.auditing.door import Tap
+from lightning_dp.auditing.door import NoiseLawOf, Tap
 from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Line, Plot, judge
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import EncodeContext, Mechanism, ReleasePlan
@@ -141,10 +141,11 @@ def _judge(
     worst = max(shifts, key=lambda name: max(shifts[name]))
     allowed = max(change.num_replaced + change.num_toggled for change in plan.spec.alternatives(plan.relation))
     low, high = _noise_interval(base)
-    is_gaussian = isinstance(event, GaussianRelease)
-    wrong_noise = is_gaussian and not low <= std <= high
+    stated = NoiseLawOf(run.mechanism, plan).std if isinstance(event, AdditiveRelease) else std
+    wrong_noise = isinstance(event, AdditiveRelease) and not low <= stated <= high
     mu = math.hypot(*shifts[worst]) / std if std > 0 else math.inf
-    has_bound = type(event) is GaussianRelease and run.module.sampling.scheme == "full"
+    is_gaussian = isinstance(event, GaussianRelease) and not isinstance(event, TernaryRelease)
+    has_bound = is_gaussian and run.module.sampling.scheme == "full"
     claimed = compute_epsilon(
         {(event, run.module.sampling): steps}, delta=settings.target_delta, relation=plan.relation
     ).epsilon
@@ -154,7 +155,7 @@ def _judge(
     if leaks:
         summary += "; differs in what leaves: " + ", ".join(dict.fromkeys(leaks))
     if wrong_noise:
-        summary += f"; noise std in [{low:.4g}, {high:.4g}], {std:.4g} is stated"
+        summary += f"; noise std in [{low:.4g}, {high:.4g}], {stated:.4g} is stated"
     is_broken = largest > limit * (1 + _TOLERANCE) + _TINY or most_rows > allowed or bool(leaks) or wrong_noise
     releases = tuple(float(step) for step in range(1, steps + 1))
     lines = [Line(label=name, x=releases, y=tuple(one / limit for one in found)) for name, found in shifts.items()]

@@ -40,7 +40,7 @@ def audit_noise(
     num_calls, num_coordinates = draws.shape
     degrees = (num_calls - 1) * num_coordinates
     energies = (draws - draws.mean(dim=0)).square().sum(dim=0)
-    declared, energy = door.mechanism.noise_std(door.plan), float(energies.sum())
+    declared, energy = door.law.std, float(energies.sum())
     measured = math.sqrt(energy / degrees)
     low, high = std_interval(energy, degrees, confidence)
     alarm_low, alarm_high = std_interval(energy, degrees, ALARM_CONFIDENCE)
@@ -51,7 +51,7 @@ def audit_noise(
     return AuditResult(
         audit="noise",
         subject=str(door),
-        lower_bound=epsilon if door.charges_noisy_value else None,
+        lower_bound=epsilon if door.has_gaussian_noise and door.charges_noisy_value else None,
         confidence=confidence,
         claimed_epsilon=door.epsilon(delta),
         delta=delta,

@@ -66,12 +66,12 @@ def audit_one_run(
     )
     errors = middle_errors(scores[~joins], scores[joins])
     mu, claimed = errors.mu(confidence=confidence), wide.epsilon(delta)
-    gaussian = epsilon_of_mu(mu, delta) if wide.has_additive_noise else 0.0
+    gaussian = epsilon_of_mu(mu, delta) if wide.has_gaussian_noise else 0.0
     bound = max(by_guesses, gaussian if wide.charges_noisy_value else 0.0)
     alarm_guesses = one_run_epsilon(
         num_canaries=canaries, guesses=2 * per_side, right=right, delta=delta, confidence=ALARM_CONFIDENCE
     )
-    is_tight = wide.has_additive_noise and wide.charges_noisy_value
+    is_tight = wide.has_gaussian_noise and wide.charges_noisy_value
     return AuditResult(
         audit="one run",
         subject=str(wide),

@@ -86,7 +86,7 @@ def audit_sensitivity(door: Door, *, delta: float = 1e-5) -> AuditResult:
         # With Gaussian noise of the stated std this shift alone costs so much, if all of the noisy value leaves.
         lower_bound=(
             epsilon_of_mu(worst.shift / std, delta)
-            if door.has_additive_noise and door.charges_noisy_value and std > 0
+            if door.has_gaussian_noise and door.charges_noisy_value and std > 0
             else None
         ),
         confidence=1.0,

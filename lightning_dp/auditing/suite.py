@@ -62,7 +62,7 @@ def audit_mechanism(
 def _has_trajectories(door: Door) -> bool:
     spec_kinds = door.mechanism.kinds
     return (
-        door.has_additive_noise
+        door.has_gaussian_noise
         and "record" in spec_kinds
         and can_run_once(door)
         and door.plan.relation is not NeighboringRelation.REPLACE_ONE

@@ -52,7 +52,7 @@ def audit_trajectory(
     Raises:
         ConfigurationError: The mechanism or the relation has no such canary.
     """
-    if not door.has_additive_noise or "record" not in door.mechanism.kinds:
+    if not door.has_gaussian_noise or "record" not in door.mechanism.kinds:
         raise ConfigurationError(f"The trajectory audit wants Gaussian noise on records, got {door}.")
     if door.plan.relation is NeighboringRelation.REPLACE_ONE:
         raise ConfigurationError("The trajectory audit is about records that join; use add_or_remove_one.")

@@ -49,7 +49,7 @@ def audit_two_worlds(
     pair = worst_pair(door)[0].pair if pair is None else pair
     without, with_it = _scores(door, pair, calls, sampling)
     errors, tail = middle_errors(without, with_it), tail_errors(without, with_it, delta=delta)
-    is_gaussian = door.has_additive_noise and door.charges_noisy_value and sampling.scheme == "full"
+    is_gaussian = door.has_gaussian_noise and door.charges_noisy_value and sampling.scheme == "full"
     by_rates = tail.epsilon(delta=delta, confidence=confidence)
     mu = errors.mu(confidence=confidence)
     bound = max(by_rates, epsilon_of_mu(mu, delta)) if is_gaussian else by_rates

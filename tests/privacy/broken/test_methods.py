@@ -28,7 +28,7 @@ def audit(kind, relation, mechanism=Gaussian, **options) -> AuditResult:
             module=kind(),
             data=TinyData(),
             mechanism=mechanism(),
-            privacy=PrivacySettings(neighboring_relation=relation, noise_multiplier=1.0),
+            privacy=PrivacySettings(neighboring_relation=relation, noise_multiplier=8.0),
         )
 
     return audit_method(make, **options)
