@@ -166,7 +166,7 @@ def _judge(
         confidence=1.0,
         claimed_epsilon=claimed,
         delta=settings.target_delta,
-        verdict=judge(is_alarm=is_broken, is_doubt=False),
+        verdict=judge(is_alarm=is_broken, is_doubt=most_rows == 0),  # a record that never took part shows nothing
         summary=summary,
         finds=FINDS,
         misses=MISSES,

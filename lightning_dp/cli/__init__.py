@@ -1,4 +1,4 @@
-"""The command line: ``lightning-dp fit | sample | evaluate | account | benchmark | compare | matrix | data fetch``.
+"""The command line: ``lightning-dp fit | sample | evaluate | account | audit | benchmark | compare | matrix | data fetch``.
 
 Mistakes of the user end in one line on standard error and exit code 2. Heavy imports wait until a command needs them.
 """
@@ -20,6 +20,7 @@ USAGE = """lightning-dp: differentially private generative models on PyTorch Lig
   lightning-dp evaluate RUN                  judge them against the real test split
   lightning-dp account RUN [--delta D]       recompute epsilon from the ledger alone
   lightning-dp account --dataset DIR         what all runs within one data set's budget may spend together
+  lightning-dp audit mechanism NAME | method FILE | RUN   try to break a claim: empirical lower bounds on epsilon
   lightning-dp benchmark FILE                compare methods and mechanisms at equal privacy (configs/benchmark/)
   lightning-dp compare CARD CARD ...         show what tells run cards apart
   lightning-dp matrix [--markdown]           which mechanisms run with which methods, or why not
@@ -82,13 +83,14 @@ def _quieten() -> None:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    from lightning_dp.cli import commands, comparison, matrix
+    from lightning_dp.cli import audit, commands, comparison, matrix
 
     known = {
         "fit": commands.fit,
         "sample": commands.sample,
         "evaluate": commands.evaluate,
         "account": commands.account,
+        "audit": audit.audit,
         "benchmark": comparison.benchmark,
         "compare": comparison.compare,
         "matrix": matrix.matrix,

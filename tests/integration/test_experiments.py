@@ -5,52 +5,25 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_dp.cli.small_runs import SMALL_DATA, smaller_model
 from tests.cli.runs import read_json
 
 FOLDER = Path(__file__).parents[2] / "configs" / "experiment"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 
 SMALL = (
-    *("--data", "EmbeddedDigits", "--data.num_train", "100"),
+    *SMALL_DATA,
     *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--wandb", "disabled"),
     *("--evaluation.num_samples", "20", "--evaluation.num_reference", "20", "--evaluation.classifiers", "[logistic]"),
 )
-SMALLER_TEACHERS = {
-    "EnergyTeachers": ("--model.pool_per_class", "5"),
-    "DiscriminatorTeachers": (
-        *("--model.teachers.num_teachers", "4", "--model.teachers.batch_size", "5"),
-        *("--model.teachers.train_steps", "1", "--model.teachers.pretrain_steps", "1"),
-    ),
-}
-# A small target is quickly calibrated: privacy loss distributions of little noise are large.
-RECORDS = ("--model.expected_batch_size", "5", "--privacy.target_epsilon", "0.3")
-SMALLER_MODELS = {
-    "TeacherEnsembleGAN": ("--model.images_per_step", "10"),
-    "PATEGAN": ("--model.images_per_step", "10"),
-    "DPSGDClassifier": RECORDS,
-    "DPVAE": RECORDS,
-    "DP2VAE": RECORDS,
-    "DPGAN": (*RECORDS, "--model.generator.width", "8", "--model.critic.width", "8"),
-    "DPSinkhorn": (*RECORDS, "--model.images_per_step", "5"),
-    "MomentsModule": ("--model.generator.num_coefficients", "10"),
-    "DPMERF": ("--model.num_frequencies", "20", "--model.train_steps", "2"),
-}
 
 
 def smaller(config: dict) -> tuple[str, ...]:
     """Return the flags that shrink the model of a configuration."""
-    model = config["model"]
-    flags = SMALLER_MODELS[model["class_path"].rpartition(".")[2]]
-    teachers = model["init_args"].get("teachers")
-    if teachers is None:
-        return flags
-    flags = (*flags, *SMALLER_TEACHERS[teachers["class_path"].rpartition(".")[2]])
-    if model["init_args"]["generator"]["class_path"] == "GSWGANGenerator":
-        flags = (*flags, "--model.generator.width", "8")
-    if "teachers_per_round" in teachers.get("init_args", {}):
-        flags = (*flags, "--model.teachers.teachers_per_round", "2")
-    if "expected_judges" in model["init_args"]:
-        flags = (*flags, "--model.expected_judges", "2", "--privacy.target_epsilon", "0.3")
+    flags = smaller_model(config)
+    if {"--model.expected_batch_size", "--model.expected_judges"} & {*flags}:
+        # A small target is quickly calibrated: privacy loss distributions of little noise are large.
+        flags = (*flags, "--privacy.target_epsilon", "0.3")
     return flags
 
 

@@ -1,0 +1,57 @@
+"""Flags that make a run of any shipped configuration small: for audits that train it many times, and for tests."""
+
+from collections.abc import Mapping
+from typing import Any
+
+SMALL_DATA = ("--data", "EmbeddedDigits", "--data.num_train", "100")
+"""A hundred embedded digits, which have the shape and the labels of MNIST and Fashion-MNIST."""
+
+_TEACHERS = {
+    "EnergyTeachers": ("--model.pool_per_class", "5"),
+    "DiscriminatorTeachers": (
+        *("--model.teachers.num_teachers", "4", "--model.teachers.batch_size", "5"),
+        *("--model.teachers.train_steps", "1", "--model.teachers.pretrain_steps", "1"),
+    ),
+}
+_RECORDS = ("--model.expected_batch_size", "5")
+_MODELS = {
+    "TeacherEnsembleGAN": ("--model.images_per_step", "10"),
+    "PATEGAN": ("--model.images_per_step", "10"),
+    "DPSGDClassifier": _RECORDS,
+    "DPVAE": _RECORDS,
+    "DP2VAE": _RECORDS,
+    "DPGAN": (*_RECORDS, "--model.generator.width", "8", "--model.critic.width", "8"),
+    "DPSinkhorn": (*_RECORDS, "--model.images_per_step", "5"),
+    "MomentsModule": ("--model.generator.num_coefficients", "10"),
+    "DPMERF": ("--model.num_frequencies", "20", "--model.train_steps", "2"),
+}
+
+
+def smaller_model(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the flags that shrink the model of a configuration; none for a method that is not ours.
+
+    Args:
+        config: A configuration of a whole run.
+    """
+    model = config["model"]
+    options = model.get("init_args", {})
+    flags: tuple[str, ...] = _MODELS.get(model["class_path"].rpartition(".")[2], ())
+    teachers = options.get("teachers")
+    if teachers is not None:
+        flags = (*flags, *_TEACHERS.get(teachers["class_path"].rpartition(".")[2], ()))
+        if options["generator"]["class_path"] == "GSWGANGenerator":
+            flags = (*flags, "--model.generator.width", "8")
+        if "teachers_per_round" in teachers.get("init_args", {}):
+            flags = (*flags, "--model.teachers.teachers_per_round", "2")
+    return (*flags, "--model.expected_judges", "2") if "expected_judges" in options else flags
+
+
+def small_data(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the flags of small data on which every record takes part early: five for each of four trained teachers.
+
+    Args:
+        config: A configuration of a whole run.
+    """
+    teachers = config["model"].get("init_args", {}).get("teachers") or {}
+    is_trained = str(teachers.get("class_path", "")).endswith("DiscriminatorTeachers")
+    return (*SMALL_DATA[:-1], "20") if is_trained else SMALL_DATA
