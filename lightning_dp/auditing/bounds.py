@@ -20,6 +20,9 @@ from lightning_dp.accounting.composition import Counts
 PROFILE_DELTAS = (0.5, 0.2, 0.05, 1e-2, 1e-3, 1e-4)
 """Where a claim is tested beside its own delta: the whole curve was claimed, and most of it can be seen in few runs."""
 
+FINE_DELTAS = (*(0.02 * step for step in range(1, 46)), 1e-3, 1e-4)
+"""The same where nothing is sampled, and a point costs nothing."""
+
 _LARGEST_MU = 1e3  # beyond it the closed form of the Gaussian leaves the floats
 _SMALLEST_MU = 1e-6
 
@@ -75,7 +78,7 @@ def clopper_pearson_interval(count: int, num: int, confidence: float) -> tuple[f
 def middle_errors(without: NDArray[np.float64], with_it: NDArray[np.float64]) -> Errors:
     """Return the errors of the threshold in the middle, found on the first half of the trials, counted on the second.
 
-    The best one for scores that are normal and differ in mean; nothing is chosen among many, so nothing is lost to luck.
+    The best one for scores that are normal and differ in mean; nothing is chosen among many, hence nothing lost to it.
 
     Args:
         without: Scores of trials without the canary, independent.
@@ -107,9 +110,7 @@ def tail_errors(without: NDArray[np.float64], with_it: NDArray[np.float64], *, d
 def _errors_at(threshold: float, without: NDArray[np.float64], with_it: NDArray[np.float64]) -> Errors:
     """Return the errors on the second half of the trials."""
     rest, rest_with = without[len(without) // 2 :], with_it[len(with_it) // 2 :]
-    return Errors(
-        int((rest > threshold).sum()), len(rest), int((rest_with <= threshold).sum()), len(rest_with)
-    )
+    return Errors(int((rest > threshold).sum()), len(rest), int((rest_with <= threshold).sum()), len(rest_with))
 
 
 def epsilon_of_mu(mu: float, delta: float) -> float:
@@ -120,9 +121,18 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
 
 
 def privacy_profile(
-    counts: Counts, *, relation: NeighboringRelation, deltas: Sequence[float] = PROFILE_DELTAS
+    counts: Counts, *, relation: NeighboringRelation, deltas: Sequence[float] | None = None
 ) -> tuple[tuple[float, float], ...]:
-    """Return points (epsilon, delta) of the curve that the accountant proves for some releases."""
+    """Return points (epsilon, delta) of the curve that the accountant proves for some releases.
+
+    Args:
+        counts: The releases.
+        relation: Of the claim.
+        deltas: Where; None takes many points unless something is sampled.
+    """
+    if deltas is None:
+        is_sampled = any(sampling.rate < 1 for _, sampling in counts)
+        deltas = PROFILE_DELTAS if is_sampled else FINE_DELTAS
     return tuple((compute_epsilon(counts, delta=delta, relation=relation).epsilon, delta) for delta in deltas)
 
 

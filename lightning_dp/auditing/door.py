@@ -1,7 +1,7 @@
 """A mechanism behind the real door of a run, overheard at the place where its noise has been added.
 
-Nothing is computed again: rows go through `ReleaseSession.release`, which encodes, sums, charges a ledger and draws noise
-from a `NoiseSource`. A shallow copy of the mechanism reports what passes through `measure` and into `decode`.
+Nothing is computed again: rows go through `ReleaseSession.release`, which encodes, sums, charges a ledger and draws
+noise from a `NoiseSource`. A copy of the mechanism reports what passes through `measure` and into `decode`.
 """
 
 import copy
@@ -78,6 +78,18 @@ class Tap:
             vars(self.mechanism)["perturb_rows"] = lambda encoded, plan, context: encoded
 
 
+def _noise_source(seed: int | None) -> NoiseSource:
+    return NoiseSource(insecure_seed=seed)
+
+
+def _as_it_is(total: Tensor) -> Tensor:
+    return total
+
+
+def _always(event: ReleaseEvent, sampling: Sampling) -> None:
+    return
+
+
 @dataclass(frozen=True, kw_only=True)
 class Door:
     """What is audited: one mechanism under one plan, and the parts of a run around it.
@@ -95,10 +107,10 @@ class Door:
     mechanism: Mechanism
     plan: ReleasePlan
     session: type[ReleaseSession] = ReleaseSession
-    make_noise: Callable[[int | None], NoiseSource] = field(default=lambda seed: NoiseSource(insecure_seed=seed))
-    reduce: Callable[[Tensor], Tensor] = field(default=lambda total: total)
+    make_noise: Callable[[int | None], NoiseSource] = field(default_factory=lambda: _noise_source)
+    reduce: Callable[[Tensor], Tensor] = field(default_factory=lambda: _as_it_is)
     public_seed: int = 0
-    may_release: Callable[[ReleaseEvent, Sampling], None] = field(default=lambda event, sampling: None)
+    may_release: Callable[[ReleaseEvent, Sampling], None] = field(default_factory=lambda: _always)
 
     def open(self, *, seed: int | None = None, silent: bool = False) -> "OpenDoor":
         """Return a door with a ledger and a noise source of its own, ready for releases.

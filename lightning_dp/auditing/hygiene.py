@@ -64,10 +64,12 @@ def audit_hygiene(
         confidence=0.9999,
         claimed_epsilon=None,
         delta=0.0,
-        verdict=judge(is_alarm=worst < _ALARM_P or duplicates > 0.01 or single > 0.01 or off > 0, is_doubt=worst < _DOUBT_P),
+        verdict=judge(
+            is_alarm=worst < _ALARM_P or duplicates > 0.01 or single > 0.01 or off > 0, is_doubt=worst < _DOUBT_P
+        ),
         summary=(
-            f"smallest p-value {worst:.2g} ({name[5:]}), {duplicates:.2%} duplicates, {single:.2%} in single precision, "
-            f"over {pooled.numel()} draws"
+            f"smallest p-value {worst:.2g} ({name[5:]}), {duplicates:.2%} duplicates, {single:.2%} in single precision"
+            f", over {pooled.numel()} draws"
         ),
         finds=FINDS,
         misses=MISSES,

@@ -1,4 +1,4 @@
-"""Membership inference on what a run released: an attacker with samples, or with the generator, asks who was trained on.
+"""Membership inference on what a run released: an attacker with samples, or the generator, asks who was trained on.
 
 Members are the training split, non-members the test split, so this reads private records: its numbers say something of
 them, are covered by no epsilon, and stay private unless somebody pays for them.
@@ -19,13 +19,13 @@ from lightning_dp.networks.classifier import Classifier
 from lightning_dp.networks.generator import Generator
 
 PRIVATE_NOTE = (
-    "This report was computed from private records without noise. It is private itself: no epsilon covers it, and it must "
-    "not be published or used to choose between runs unless a release pays for it."
+    "This report was computed from private records without noise. It is private itself: no epsilon covers it, and it "
+    "must not be published or used to choose between runs unless a release pays for it."
 )
-FINDS = "samples or a generator that remember single records, seen by attacks of the kinds that are tried"
+FINDS = "samples or a generator that remember single records, seen by the attacks that are tried"
 MISSES = (
-    "stronger attacks; an honest run gives no sign of its epsilon here: typical records lie far from the worst case, so a "
-    "small advantage proves nothing"
+    "stronger attacks; an honest run gives no sign of its epsilon here: typical records lie far from the worst case, "
+    "so a small advantage proves nothing"
 )
 RATES = (0.01, 0.001)
 """False positive rates at which the true positive rate is told."""
@@ -83,8 +83,7 @@ def generator_loss_scores(
         others: Images and labels that were not.
         seed: Public seed of the first latents.
     """
-    for parameter in generator.parameters():
-        parameter.requires_grad_(requires_grad=False)
+    generator.requires_grad_(requires_grad=False)
     stream = torch.Generator().manual_seed(seed)
 
     def score(records: tuple[Tensor, Tensor]) -> NDArray[np.float64]:

@@ -1,9 +1,9 @@
 """Audit of a whole method: train it twice on neighbouring records under equal coins, noise and transcript.
 
-In the second world every release hands out what the first world released, so all that was learned from releases is the
-same at every step. What may differ then is what the record itself sends, and it may differ by the charged sensitivity at
-most, at every step: a record that reaches another teacher through shared state shows here. And whatever leaves (the
-released networks, the numbers that are logged) must be the same to the last bit.
+In the second world every release hands out what the first world released, so all that was learned from releases is
+the same at every step. What may differ then is what the record itself sends, by the charged sensitivity at most, at
+every step: a record that reaches another teacher through shared state shows here. And whatever leaves (the released
+networks, the numbers that are logged) must be the same to the last bit.
 """
 
 import math
@@ -23,13 +23,15 @@ from lightning_dp.accounting.settings import PrivacySettings
 from lightning_dp.auditing.bounds import epsilon_of_mu, std_interval
 from lightning_dp.auditing.door import NoiseLawOf, Tap
 from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Line, Plot, judge
+from lightning_dp.auditing.worlds import Played, RecordChange, record_changes, unchanged
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import EncodeContext, Mechanism, ReleasePlan
 from lightning_dp.modules.base import PrivateModule
 
 FINDS = (
-    "a record that reaches more rows than stated (shared optimizer state, duplicates, batch statistics), a bound that is "
-    "not kept at some step, anything that leaves past the door: networks, logged numbers, releases that no ledger holds"
+    "a record that reaches more rows than stated (shared optimizer state, duplicates, batch statistics), a bound that "
+    "is not kept at some step, anything that leaves past the door: networks, logged numbers, releases that no ledger "
+    "holds"
 )
 MISSES = "records and steps that were not tried; what only a run of full length brings about; secrecy of the coins"
 
@@ -75,16 +77,6 @@ class _Transcript:
     event: ReleaseEvent = field(init=False)
 
 
-@dataclass(frozen=True)
-class _Change:
-    """What is different in the second world."""
-
-    name: str
-    record: int
-    apply: Callable[[ImageDataModule, int], None]
-    is_absent: bool = False
-
-
 def audit_method(
     make_run: Callable[[], MethodRun],
     *,
@@ -105,21 +97,24 @@ def audit_method(
     """
     first = make_run()
     last = first.data.num_records - 1 if record is None else record
-    base = _fit(first, steps, _unchanged(last), None, privatizer)
-    limit, std = first.mechanism.l2_sensitivity(base.plan.spec, base.plan.relation), first.mechanism.noise_std(base.plan)
+    base = _fit(first, steps, unchanged(last), None, privatizer)
+    limit, std = (
+        first.mechanism.l2_sensitivity(base.plan.spec, base.plan.relation),
+        first.mechanism.noise_std(base.plan),
+    )
     shifts: dict[str, list[float]] = {}
     leaks = [f"{base.ledger_length} releases in the ledger, {len(base.measured)} made"]
     leaks *= base.ledger_length != len(base.measured)
     most_rows = 0
-    for change in _changes(base.plan, last):
+    for change in record_changes(base.plan, last):
         other = _fit(make_run(), steps, change, base, privatizer)
         pairs = zip(base.measured, other.measured, strict=True)
         shifts[change.name] = [float((one - two).norm()) for one, two in pairs]
         leaks += _differences(base, other)
         most_rows = max(most_rows, _changed_rows(base, other))
     if base.plan.spec.kind == "record":  # once more with rows in sight, which ghost clipping never forms
-        base_rows = _fit(make_run(), steps, _unchanged(last), base, privatizer, with_rows=True)
-        for change in _changes(base.plan, last):
+        base_rows = _fit(make_run(), steps, unchanged(last), base, privatizer, with_rows=True)
+        for change in record_changes(base.plan, last):
             other = _fit(make_run(), steps, change, base, privatizer, with_rows=True)
             most_rows = max(most_rows, _changed_rows(base_rows, other))
     return _judge(first, base, shifts, leaks, most_rows, limit=limit, std=std)
@@ -188,7 +183,11 @@ def _judge(
 def _noise_interval(base: "_Transcript") -> tuple[float, float]:
     """Return the interval of the std of the noise of a run, at the confidence of an alarm."""
     noise = torch.cat(
-        [noisy - measured for noisy, measured in zip(base.noisy, base.measured, strict=True) if len(noisy) == len(measured)]
+        [
+            noisy - measured
+            for noisy, measured in zip(base.noisy, base.measured, strict=True)
+            if len(noisy) == len(measured)
+        ]
     )
     energy = float(noise.square().sum())
     return std_interval(energy, len(noise), ALARM_CONFIDENCE) if len(noise) else (0.0, math.inf)
@@ -197,7 +196,7 @@ def _noise_interval(base: "_Transcript") -> tuple[float, float]:
 def _fit(
     run: MethodRun,
     steps: int,
-    change: _Change,
+    change: RecordChange,
     forced: _Transcript | None,
     privatizer_class: type[GradientPrivatizer],
     *,
@@ -220,7 +219,7 @@ def _fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[privatizer, accountant, *run.callbacks, _Played(change)],
+        callbacks=[privatizer, accountant, *run.callbacks, Played(change)],
     )
     run.data.setup("fit")
     change.apply(run.data, change.record)
@@ -290,79 +289,6 @@ def _spy_on_releases(tap: Tap, transcript: _Transcript, forced: _Transcript | No
         return value
 
     vars(mechanism)["release"] = release
-
-
-class _Played(pl.Callback):
-    """Makes the record that changes take part in every release of both worlds, or in none of the second's."""
-
-    def __init__(self, change: _Change) -> None:
-        self.change = change
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        record, is_absent = self.change.record, self.change.is_absent
-        if hasattr(pl_module, "draw_records"):
-            _shadow(pl_module, "draw_records", lambda drawn: _with(drawn, record, absent=is_absent))
-        if getattr(pl_module, "expected_judges", None) is not None:
-            teachers: Any = pl_module
-            partition = trainer.datamodule.teacher_partition(  # type: ignore[attr-defined]
-                teachers._num_teachers, method=teachers.partition, key=teachers.partition_key
-            )
-            teacher = int(partition.assignment[record])
-            _shadow(pl_module, "draw_judges", lambda drawn: _with(drawn, teacher, absent=False))
-
-
-def _shadow(module: pl.LightningModule, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    real = getattr(module, name)
-    vars(module)[name] = lambda: change(real())
-
-
-def _with(drawn: Tensor, index: int, *, absent: bool) -> Tensor:
-    """Return the indices with one of them certainly there, or certainly not."""
-    others = drawn[drawn != index]
-    return others if absent else torch.cat([others, torch.tensor([index])]).sort().values
-
-
-def _unchanged(record: int) -> _Change:
-    return _Change("as it is", record, lambda data, index: None)
-
-
-def _changes(plan: ReleasePlan, record: int) -> list[_Change]:
-    """Return what the relation lets one record do."""
-    relation, kind = plan.relation.name, plan.spec.kind
-    if relation == "REPLACE_ONE":
-        return [
-            _Change("another image of another label", record, _inverted_and_relabelled),
-            _Change("another image of the same label", record, _inverted),
-        ]
-    if kind == "teacher":
-        raise ConfigurationError(
-            "Under replace_special a teacher's record becomes empty, which no image is; audit teachers under "
-            "privacy.neighboring_relation=replace_one."
-        )
-    if kind == "statistic":
-        return [_Change("the record gone", record, _removed)]
-    return [_Change("the record gone", record, lambda data, index: None, is_absent=True)]
-
-
-def _inverted(data: ImageDataModule, record: int) -> None:
-    images = data.splits.train_images.clone()
-    images[record] = 255 - images[record]
-    data._splits = replace(data.splits, train_images=images)
-
-
-def _inverted_and_relabelled(data: ImageDataModule, record: int) -> None:
-    _inverted(data, record)
-    labels = data.splits.train_labels.clone()
-    labels[record] = (labels[record] + 1) % data.num_classes
-    data._splits = replace(data.splits, train_labels=labels)
-
-
-def _removed(data: ImageDataModule, record: int) -> None:
-    """Take the record out; the number of records stays the public one, as the claim has it."""
-    kept = torch.arange(len(data.train_labels)) != record
-    data._splits = replace(
-        data.splits, train_images=data.train_images[kept], train_labels=data.train_labels[kept]
-    )
 
 
 def _differences(one: _Transcript, other: _Transcript) -> list[str]:

@@ -13,8 +13,8 @@ from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Plot, ju
 from lightning_dp.auditing.sensitivity import worst_pair
 
 FINDS = (
-    "noise divided by the world size, a variance taken for a standard deviation, noise a few percent low, the same noise "
-    "every time, coordinates without noise, noise drawn on every rank"
+    "noise divided by the world size, a variance taken for a standard deviation, noise a few percent low, the same "
+    "noise every time, coordinates without noise, noise drawn on every rank"
 )
 MISSES = "too large a sensitivity; noise that is right in size and wrong in law; noise that is replayed after a resume"
 
@@ -24,9 +24,7 @@ _MOST_COORDINATES = 20_000
 _SHOWN = 4000
 
 
-def audit_noise(
-    door: Door, *, calls: int | None = None, confidence: float = 0.95, delta: float = 1e-5
-) -> AuditResult:
+def audit_noise(door: Door, *, calls: int | None = None, confidence: float = 0.95, delta: float = 1e-5) -> AuditResult:
     """Compare the noise of repeated releases with what the event states, from both sides.
 
     Args:

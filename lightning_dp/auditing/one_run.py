@@ -1,4 +1,4 @@
-"""Audit D: one release with many canaries, each of which was in or out by a fair coin (Steinke, Nasr, Jagielski 2023)."""
+"""Audit D: one release with many canaries, each in or out by a fair coin (Steinke, Nasr and Jagielski 2023)."""
 
 import math
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from lightning_dp.auditing.bounds import (
 from lightning_dp.auditing.door import FULL, Door
 from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Plot, judge
 from lightning_dp.auditing.two_worlds import error_summary
-from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 
 FINDS = "too little noise, missing bounds, a divisor that follows the batch; in one release, so also on large runs"

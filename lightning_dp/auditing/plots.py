@@ -33,7 +33,7 @@ def audit_plot(result: AuditResult) -> bytes | None:
     axes.grid(color="#e3e7ec", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     values = [value for found in plot.histograms.values() for value in found]
-    edges = np.linspace(min(values), max(values) or 1.0, _BINS) if values and max(values) > min(values) else None
+    edges = np.linspace(min(values), max(values), _BINS).tolist() if values and max(values) > min(values) else None
     for number, (label, found) in enumerate(plot.histograms.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         bins = edges if edges is not None else _BINS

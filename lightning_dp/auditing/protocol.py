@@ -12,8 +12,8 @@ from lightning_dp.auditing.result import AuditResult, judge
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 
 FINDS = (
-    "noise drawn before the ledger holds the release, releases that no ledger holds or that are charged as another event, "
-    "two releases in a step, a step without one, a release after the budget has said no"
+    "noise drawn before the ledger holds the release, releases that no ledger holds or that are charged as another "
+    "event, two releases in a step, a step without one, a release after the budget has said no"
 )
 MISSES = "what rows, noise and sampler are like; crashes in the middle of a release"
 

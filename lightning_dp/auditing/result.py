@@ -1,4 +1,4 @@
-"""What an audit answers: a lower bound with its confidence beside the claim, a verdict, and what it can and cannot find."""
+"""What an audit answers: a lower bound with its confidence beside the claim, a verdict, what it can and cannot find."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -82,7 +82,9 @@ def audit_published(run: Path) -> AuditResult:
     """
     folder = run / RELEASE_FOLDER
     if not folder.is_dir():
-        raise DataError(f"Expected the published model in {folder}, found nothing. Give the folder of a run that ended.")
+        raise DataError(
+            f"Expected the published model in {folder}, found nothing. Give the folder of a run that ended."
+        )
     network = _network(run)
     names = {name for name, _ in network.named_parameters()}
     problems = []
@@ -104,7 +106,9 @@ def audit_published(run: Path) -> AuditResult:
         claimed_epsilon=None,
         delta=0.0,
         verdict=judge(is_alarm=bool(problems), is_doubt=False),
-        summary="; ".join(problems) if problems else f"{len(names)} parameters of {type(network).__name__}, nothing else",
+        summary="; ".join(problems)
+        if problems
+        else f"{len(names)} parameters of {type(network).__name__}, nothing else",
         finds="teachers, optimizer states, batch statistics or other files beside the released parameters",
         misses="what the parameters themselves have learned past the door (the audit of the method looks for that)",
         measured={"parameters": float(len(names)), "problems": float(len(problems))},
@@ -171,7 +175,7 @@ def _stated(run: Path) -> dict[str, PrivacyClaim | None]:
             continue
         try:
             written = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = PrivacyClaim.from_dict(written["claim"] if "claim" in written else written)
+            found[name] = PrivacyClaim.from_dict(written.get("claim", written))
         except (ValueError, TypeError, KeyError, OSError, ConfigurationError):
             found[name] = None
     return found

@@ -82,8 +82,8 @@ def audit_trajectory(
             is_doubt=is_refuted(profile, errors, confidence=confidence),
         ),
         summary=(
-            f"{error_summary(errors)}: epsilon at least {bound:.3g} of any mechanism; {epsilon_of_mu(mu, delta):.3g} if "
-            "the run were Gaussian"
+            f"{error_summary(errors)}: epsilon at least {bound:.3g} of any mechanism; {epsilon_of_mu(mu, delta):.3g} "
+            "if the run were Gaussian"
         ),
         finds=FINDS,
         misses=MISSES,
@@ -92,9 +92,7 @@ def audit_trajectory(
     )
 
 
-def _log_likelihood_ratios(
-    door: Door, *, steps: int, canaries: int, sampler: PoissonSampler
-) -> NDArray[np.float64]:
+def _log_likelihood_ratios(door: Door, *, steps: int, canaries: int, sampler: PoissonSampler) -> NDArray[np.float64]:
     """Return the score of every coordinate; the first half belongs to records that exist."""
     opened, rate, value = door.open(), sampler.rate, _LARGE * door.mechanism.row_bound(door.plan.spec)
     # What one canary adds in its coordinate: the bound, or less where a mechanism wants many coordinates for that.

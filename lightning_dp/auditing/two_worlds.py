@@ -85,17 +85,13 @@ def audit_two_worlds(
     )
 
 
-def _scores(
-    door: Door, pair: Pair, calls: int, sampling: Sampling
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _scores(door: Door, pair: Pair, calls: int, sampling: Sampling) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return scores of releases of the left world and of the right one, which has the larger ones."""
     trial = _Trial(door, pair, is_stable=_is_stable(door, pair))
     coin = None if sampling.scheme == "full" else PoissonSampler(1, sampling.rate)
 
     def run(world: World) -> NDArray[np.float64]:
-        return np.array(
-            [trial.score(world if coin is None or len(coin.draw()) else pair.absent) for _ in range(calls)]
-        )
+        return np.array([trial.score(world if coin is None or len(coin.draw()) else pair.absent) for _ in range(calls)])
 
     return run(pair.left), run(pair.right)
 
@@ -164,6 +160,5 @@ def trade_off_plot(
 
 def error_summary(errors: Errors) -> str:
     """Return the error counts in words."""
-    return (
-        f"{errors.false_positives} of {errors.num_without} and {errors.false_negatives} of {errors.num_with} trials wrong"
-    )
+    wrong = f"{errors.false_positives} of {errors.num_without} and {errors.false_negatives} of {errors.num_with}"
+    return f"{wrong} trials wrong"

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-dp fit | sample | evaluate | account | audit | benchmark | compare | matrix | data fetch``.
+"""The command line: ``lightning-dp fit | sample | evaluate | account | audit | benchmark | compare | matrix | data``.
 
 Mistakes of the user end in one line on standard error and exit code 2. Heavy imports wait until a command needs them.
 """

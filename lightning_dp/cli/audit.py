@@ -287,6 +287,6 @@ def _finish(results: "Sequence[AuditResult]", title: str, out: str | None, *, no
     if out is not None:
         for path in write_report(Path(out), results, title=title, note=note):
             console.print(f"report: {path}", soft_wrap=True)
-    verdict = worst_verdict(results)
-    console.print(Text(f"verdict: {verdict}", style=_COLOURS[str(verdict)]))
-    return 1 if verdict is Verdict.VIOLATED else 0
+    worst = worst_verdict(results)
+    console.print(Text(f"verdict: {worst}", style=_COLOURS[str(worst)]))
+    return 1 if worst is Verdict.VIOLATED else 0

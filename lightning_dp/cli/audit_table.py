@@ -52,9 +52,7 @@ class TableRow:
     results: "tuple[AuditResult, ...]"
 
 
-def write_table(
-    configs: Path, out: Path, *, calls: int, only: str | None, confidence: float, delta: float
-) -> int:
+def write_table(configs: Path, out: Path, *, calls: int, only: str | None, confidence: float, delta: float) -> int:
     """Audit all pairs and put the table between its markers; exit code 1 if one is violated.
 
     Args:
@@ -75,8 +73,8 @@ def write_table(
         raise ConfigurationError(f"Expected the markers {START} and {END} in {out}; add them where the table belongs.")
     rows = list(_rows(configs, calls=calls, only=only, confidence=confidence, delta=delta))
     lines = [
-        f"Measured on {datetime.date.today().isoformat()} by `{COMMAND}`: noise multiplier {_NOISE_MULTIPLIER:g}, delta "
-        f"{delta:g}, one release (whole method: {_STEPS}), {calls} trials of each world.",
+        f"Measured on {datetime.date.today().isoformat()} by `{COMMAND}`: noise multiplier {_NOISE_MULTIPLIER:g}, "
+        f"delta {delta:g}, one release (whole method: {_STEPS}), {calls} trials of each world.",
         "",
         f"| {' | '.join(_HEADER)} |",
         f"|{'---|' * len(_HEADER)}",
@@ -187,9 +185,7 @@ def _whole_door(config: Path, mechanism: str, relation: str, delta: float) -> "t
     for variant in _variants(mechanism, _own_mechanism(config), iter(others)):
         try:
             variant.check(spec)
-            plan = ReleasePlan(
-                spec=spec, relation=parse_relation(relation), noise_multiplier=_NOISE_MULTIPLIER
-            )
+            plan = ReleasePlan(spec=spec, relation=parse_relation(relation), noise_multiplier=_NOISE_MULTIPLIER)
             variant.step_event(plan)
         except ConfigurationError:
             continue

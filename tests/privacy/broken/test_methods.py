@@ -121,7 +121,9 @@ class WritesPastTheDoor(TeacherEnsembleGAN):
             parameter.data.add_(1e-6 * self.trainer.datamodule.train_images.float().mean())
 
 
-@pytest.mark.parametrize("kind", [SharedAdam, ShowsAMeanOfAll, SharedBatchNorm, OneBestTeacher], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", [SharedAdam, ShowsAMeanOfAll, SharedBatchNorm, OneBestTeacher], ids=lambda k: k.__name__
+)
 def test_teachers_that_know_each_other_are_found(kind):
     found = audit(gan(teachers_class=kind), "replace_one")
     assert found.verdict is Verdict.VIOLATED

@@ -28,14 +28,14 @@ class Broken(NoiseSource):
 
 
 class DividedByWorldSize(Broken):
-    """Each of four ranks draws a quarter of the noise, and all draw the same: the sum is divided by four in variance."""
+    """Each of four ranks adds a quarter of the noise: the sum has half of its standard deviation."""
 
     def change(self, draw, **_):
         return draw / _WORLD_SIZE**0.5
 
 
 class DividedTwice(Broken):
-    """Noise is added on one rank and averaged with the sum."""
+    """The noise of one rank is averaged with the sums of four."""
 
     def change(self, draw, **_):
         return draw / _WORLD_SIZE
@@ -129,10 +129,7 @@ def test_wrong_size_is_found(kind):
 @pytest.mark.parametrize(
     "make_noise",
     [
-        *(
-            of(kind)
-            for kind in (DrawnOnce, HalfPrecision, SinglePrecision, Uniform, SameForEveryLayer, SeededGlobally)
-        ),
+        *(of(kind) for kind in (DrawnOnce, HalfPrecision, SinglePrecision, Uniform, SameForEveryLayer, SeededGlobally)),
         replayed,
     ],
     ids=["DrawnOnce", "HalfPrecision", "SinglePrecision", "Uniform", "SameForEveryLayer", "SeededGlobally", "replayed"],

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lightning_dp.accounting.events import GaussianRelease
 from lightning_dp.auditing.protocol import audit_protocol
 from lightning_dp.auditing.result import Verdict
-from lightning_dp.accounting.events import GaussianRelease
 from lightning_dp.modules.release import _DOOR, Released, ReleaseSession
 from tests.privacy.doors import door
 
@@ -44,8 +44,7 @@ class ChargesLess(ReleaseSession):
 class AllowsASecond(ReleaseSession):
     def release(self, chunks, shape, device):
         self.begin_step()
-        released = super().release(chunks, shape, device)
-        return released
+        return super().release(chunks, shape, device)
 
     def end_step(self):
         self._may_still_release = False
