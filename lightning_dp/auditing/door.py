@@ -26,6 +26,7 @@ from lightning_dp.accounting.events import (
     relation_name,
 )
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
@@ -82,10 +83,6 @@ def _noise_source(seed: int | None) -> NoiseSource:
     return NoiseSource(insecure_seed=seed)
 
 
-def _as_it_is(total: Tensor) -> Tensor:
-    return total
-
-
 def _always(event: ReleaseEvent, sampling: Sampling) -> None:
     return
 
@@ -99,7 +96,7 @@ class Door:
         plan: Rows, relation and noise.
         session: Class of the door.
         make_noise: Makes the noise source from a seed; None is a fresh secret.
-        reduce: Sums over ranks.
+        ranks: The processes of the run.
         public_seed: Seed of public randomness.
         may_release: Asked before each release.
     """
@@ -108,7 +105,7 @@ class Door:
     plan: ReleasePlan
     session: type[ReleaseSession] = ReleaseSession
     make_noise: Callable[[int | None], NoiseSource] = field(default_factory=lambda: _noise_source)
-    reduce: Callable[[Tensor], Tensor] = field(default_factory=lambda: _as_it_is)
+    ranks: Ranks = ALONE
     public_seed: int = 0
     may_release: Callable[[ReleaseEvent, Sampling], None] = field(default_factory=lambda: _always)
 
@@ -240,7 +237,7 @@ class OpenDoor:
             noise=door.make_noise(seed),
             public_seed=door.public_seed,
             may_release=door.may_release,
-            reduce=door.reduce,
+            ranks=door.ranks,
         )
 
     def release(self, chunks: Iterable[RowChunk]) -> Heard:

@@ -26,6 +26,9 @@ class HalfTheNoise(NoiseSource):
     def gaussian(self, shape, *, std, release_number, leaf="noise"):
         return super().gaussian(shape, std=std / 2, release_number=release_number, leaf=leaf)
 
+    def add_gaussian(self, total, *, std, release_number, leaf="noise"):
+        return super().add_gaussian(total, std=std / 2, release_number=release_number, leaf=leaf)
+
 
 def half(**parts) -> Door:
     return door(make_noise=lambda seed: HalfTheNoise(insecure_seed=seed), **parts)

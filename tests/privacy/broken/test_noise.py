@@ -22,6 +22,9 @@ class Broken(NoiseSource):
     def change(self, draw, *, std, **named):
         return draw
 
+    def add_gaussian(self, total, **named):
+        return total + self.gaussian(tuple(total.shape), **named)
+
     def gaussian(self, shape, *, std, release_number, leaf="noise"):
         draw = super().gaussian(shape, std=std, release_number=release_number, leaf=leaf)
         return self.change(draw, std=std, release_number=release_number)
