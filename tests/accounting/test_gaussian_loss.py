@@ -15,9 +15,12 @@ def both(noise_multiplier, rate, relation, interval=1e-3):
     return one_gaussian_release(noise_multiplier, rate, relation, interval), theirs
 
 
-@pytest.mark.parametrize("relation", list(NeighboringRelation))
+@pytest.mark.parametrize(
+    "relation",
+    [NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE],  # zero-out is the first
+)
 @pytest.mark.parametrize("rate", [1.0, 0.3, 0.01])
-@pytest.mark.parametrize("noise_multiplier", [0.6, 3.0, 40.0])
+@pytest.mark.parametrize("noise_multiplier", [0.6, 5.0])
 def test_masses_and_epsilons(noise_multiplier, rate, relation):
     ours, theirs = both(noise_multiplier, rate, relation)
     for own, other in ((ours._pmf_remove, theirs._pmf_remove), (ours._pmf_add, theirs._pmf_add)):
