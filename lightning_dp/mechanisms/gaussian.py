@@ -94,20 +94,22 @@ class Gaussian(Mechanism):
     def encode(self, rows: Tensor, spec: ContributionSpec, context: EncodeContext) -> Tensor:
         """Return clipped rows in float64, in whole steps where noise is."""
         rows = zero_non_finite(rows)
+        factors: Tensor | float = 1.0
         if self.clipping == "per_layer" and spec.segments is not None:
             # The squares of L bounds C / sqrt(L) add up to C^2 (mechanisms, section (a)).
             share = self.max_grad_norm / math.sqrt(len(spec.segments))
-            clipped = torch.cat([self._clipped(part, share) for part in rows.split(spec.segments, dim=-1)], dim=-1)
+            rows = torch.cat([self._clipped(part, share) for part in rows.split(spec.segments, dim=-1)], dim=-1)
+        elif self.noise == "gaussian":
+            return self._clipped(rows, self.max_grad_norm)
         else:
-            clipped = self._clipped(rows, self.max_grad_norm)
+            factors = self._factors(_norms(rows), self.max_grad_norm)
         if self.noise == "gaussian":
-            return clipped
-        return cut_to_grid(clipped, step=self.grid_step(spec), bound=self.max_grad_norm)
+            return rows
+        return cut_to_grid(rows, step=self.grid_step(spec), bound=self.max_grad_norm, factors=factors)
 
     def _clipped(self, rows: Tensor, max_norm: float) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
         # One copy, scaled in place: with long rows, encoding is the traffic of memory.
-        return rows.to(torch.float64, copy=True).mul_(self._factors(norms, max_norm))
+        return rows.to(torch.float64, copy=True).mul_(self._factors(_norms(rows), max_norm))
 
     def _factors(self, norms: Tensor, max_norm: float) -> Tensor:
         bound = max_norm * (1 - ROUNDING_MARGIN)
@@ -124,3 +126,8 @@ class Gaussian(Mechanism):
     def decode(self, noisy_total: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
         """Return the noisy mean over the public number of rows."""
         return noisy_total.to(torch.float32).div_(plan.spec.rows_per_vector)  # no second long vector
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+    return norms
