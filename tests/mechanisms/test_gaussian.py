@@ -188,3 +188,21 @@ def test_a_long_release_needs_no_second_vector_and_is_the_same(monkeypatch):
     assert torch.equal(total, kept)
     assert torch.equal(Gaussian().release(total, plan, noise, **options, may_overwrite=True), short)
     assert not torch.equal(total, kept)
+
+
+def test_rows_that_never_oppose_each_other_may_do_so_by_what_is_cut_off():
+    """Inner products of rows that are cut to a grid can be negative, so sqrt 2 bounds alone would promise too much."""
+    spec = ContributionSpec.statistics(num_cells=1, vector_dim=2, rows_never_oppose=True)
+    mechanism = Gaussian(max_grad_norm=1.0, noise="rounded_gaussian")
+    bound, step = mechanism.row_bound(spec), mechanism.grid_step(spec)
+    assert math.sqrt(2) * bound < mechanism.row_diameter(spec) < (math.sqrt(2) + 1e-4) * bound
+    pair = torch.tensor([[1.0, 0.9], [-1.0, 1.0 / 0.9]], dtype=torch.float64) * step
+    assert abs(float(pair[0] @ pair[1])) < 1e-9 * step**2
+    cut = mechanism.encode(pair[:, None], spec, context(2))[:, 0] / step
+    assert cut.tolist() == [[1.0, 0.0], [-1.0, 1.0]]  # they oppose each other: the premise of sqrt 2 is gone
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(500, generator=generator, dtype=torch.float64) * math.pi / 2
+    for turn in torch.rand(20, generator=generator, dtype=torch.float64) * 7:  # quarters of a circle on the bound
+        rows = 2 * torch.stack([torch.cos(angles + turn), torch.sin(angles + turn)], dim=-1)
+        rows = mechanism.encode(rows[:, None], spec, context(len(rows)))[:, 0]
+        assert torch.cdist(rows, rows).max() <= mechanism.row_diameter(spec)
