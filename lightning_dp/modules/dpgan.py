@@ -19,6 +19,7 @@ from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
 from lightning_dp.modules.imitation import batches, descend, imitate
 from lightning_dp.modules.records import RecordModule, check_betas, check_positive
 from lightning_dp.modules.release import PublicRows, PublicSamples
+from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.discriminator import Discriminator
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.vae import one_hot
@@ -42,6 +43,8 @@ class DPGAN(RecordModule):
     Args:
         generator: The generator that leaves.
         critic: The critic; it is private by its training, and stays.
+        basis: Public coordinates in which the critic judges; null means the images themselves. Fewer coordinates make a
+            smaller critic, which the same noise hurts less.
         expected_batch_size: Mean number of records of a critic step.
         fakes_per_step: Fakes of a critic step and of a generator step; null takes the expected batch size.
         critic_ladder: Critic steps for each generator step; a single number fixes it, a rising list is climbed.
@@ -63,6 +66,7 @@ class DPGAN(RecordModule):
         self,
         generator: Generator,
         critic: Discriminator,
+        basis: PublicBasis | None = None,
         *,
         expected_batch_size: float = 512,
         fakes_per_step: int | None = None,
@@ -93,7 +97,7 @@ class DPGAN(RecordModule):
         )
         check_betas(betas)
         self.generator = generator
-        self.critic = critic
+        self.critic, self.basis = critic, basis
         self.keep_average(generator)
         self.schedule = CriticSchedule(ladder=tuple(critic_ladder), threshold=threshold, grace=grace)
         self.learning_rate, self.betas = learning_rate, betas
@@ -146,7 +150,8 @@ class DPGAN(RecordModule):
             with torch.no_grad():
                 fakes = self.generator(self.generator.sample_latent(len(labels), stream), labels)
             told = one_hot(labels, self.generator.num_classes)
-            return (F.softplus(-self.critic(images, told)) + F.softplus(self.critic(fakes, told))).mean()
+            seen, made = self._seen(images), self._seen(fakes)
+            return (F.softplus(-self.critic(seen, told)) + F.softplus(self.critic(made, told))).mean()
 
         parameters = list(trainable_parameters(self.critic).values())
         descend(loss, [{"params": parameters, "lr": self.learning_rate}], steps=steps)
@@ -173,20 +178,25 @@ class DPGAN(RecordModule):
 
     @override
     def record_batch(self, ids: Tensor) -> tuple[Tensor, ...]:
-        return self.images_of(ids), self.labels_of(ids)
+        return self._seen(self.images_of(ids)), self.labels_of(ids)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """Return images as the critic sees them, each by itself."""
+        return images if self.basis is None else self.basis(images)
 
     def _loss_of_record(self, critic: nn.Module, image: Tensor, label: Tensor) -> Tensor:
-        """Return -log of the probability that the critic gives to "real", of one image (1, C, H, W)."""
+        """Return -log of the probability that the critic gives to "real", of one image as it sees it."""
         return F.softplus(-critic(image, one_hot(label, self.generator.num_classes))).sum()
 
     def _loss_of_fake(self, critic: nn.Module, image: Tensor, label: Tensor) -> Tensor:
-        """Return -log of the probability that the critic gives to "fake", of one image (1, C, H, W)."""
+        """Return -log of the probability that the critic gives to "fake", of one image as it sees it."""
         return F.softplus(critic(image, one_hot(label, self.generator.num_classes))).sum()
 
     def _fake_rows(self) -> Iterator[RecordChunk]:
         """Yield the critic's gradients at this process' share of public fakes: public rows."""
         with torch.no_grad():
             fakes, labels = self._fakes(_CRITIC_FAKES)
+            fakes = self._seen(fakes)
         at_once = self.source.records_at_once(self.critic, self._loss_of_fake, (fakes, labels))
         mine = torch.tensor(self.ranks.owned(self.num_fakes), dtype=torch.int64, device=self.device)
         for ids in mine.split(at_once):
@@ -202,7 +212,7 @@ class DPGAN(RecordModule):
     def _train_generator(self, optimizer: torch.optim.Optimizer) -> None:
         """Take one generator step against the critic, which is released: no record is seen."""
         fakes, labels = self._fakes(_GENERATOR_FAKES)
-        logits = self.critic(fakes, one_hot(labels, self.generator.num_classes))
+        logits = self.critic(self._seen(fakes), one_hot(labels, self.generator.num_classes))
         accuracy = (logits.detach() < 0).float().mean()
         self.ranks.same([accuracy])
         self.schedule.before_generator_step(accuracy.item())

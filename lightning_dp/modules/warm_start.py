@@ -165,7 +165,9 @@ class MomentsWarmStart(WarmStart):
         clip: See `MomentsRounds`.
         emphasis: See `ClassMoments`.
         block_weights: See `ClassMoments`.
-        distortion: Random affine maps of the samples, see `ClassGaussianGenerator`; null draws none.
+        gain: See `ClassGaussianGenerator`, as all that follow.
+        black: See `ClassGaussianGenerator`.
+        distortion: See `ClassGaussianGenerator`; public, so what is learned from distorted samples costs nothing more.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -183,11 +185,14 @@ class MomentsWarmStart(WarmStart):
         clip: float = 6.0,
         emphasis: float = 0.0,
         block_weights: tuple[float, float, float] = (0.15, 0.35, 0.92),
+        gain: float = 1.0,
+        black: float = 0.0,
         distortion: tuple[float, float, float, float] | None = None,
     ) -> None:
         super().__init__(budget=budget, samples=samples, steps=steps, learning_rate=learning_rate)
         self.num_coefficients, self.centre, self.clip = num_coefficients, centre, clip
-        self.emphasis, self.block_weights, self.distortion = emphasis, block_weights, distortion
+        self.emphasis, self.block_weights = emphasis, block_weights
+        self.gain, self.black, self.distortion = gain, black, distortion
         self._generator: ClassGaussianGenerator | None = None
 
     def describe_data(self, data: PublicFacts) -> None:  # noqa: D102
@@ -195,6 +200,8 @@ class MomentsWarmStart(WarmStart):
             data.image_shape,
             num_classes=data.num_classes,
             num_coefficients=self.num_coefficients,
+            gain=self.gain,
+            black=self.black,
             distortion=self.distortion,
         )
         self._rounds = MomentsRounds(

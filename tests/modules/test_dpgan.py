@@ -15,6 +15,7 @@ from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.published import load_generator
+from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator
 from tests.conftest import TinyData, callbacks_for, trainer_for
 from tests.contracts.records import moves
@@ -32,6 +33,14 @@ def tiny_dpgan(**options) -> DPGAN:
     return DPGAN(generator, critic, **{**defaults, **options})
 
 
+def seeing_few_frequencies(**options) -> DPGAN:
+    """A critic that judges in six public coordinates."""
+    torch.manual_seed(0)
+    generator, critic = MLPGenerator(SHAPE, num_classes=2, latent_dim=3, width=6), MLPDiscriminator((6,), 2, width=5)
+    basis = LowFrequencyDCT(SHAPE, num_coefficients=6)
+    return DPGAN(generator, critic, basis, **{"expected_batch_size": 10, "critic_ladder": (2,), **options})
+
+
 def train(tmp_path, module=None, mechanism=None, data=None, max_steps=6, callbacks=(), **privacy):
     own = callbacks_for(mechanism or Gaussian(), **{**PRIVACY, **privacy})
     module = module or tiny_dpgan()
@@ -46,8 +55,9 @@ def flat(network) -> torch.Tensor:
 
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
 @pytest.mark.parametrize("mechanism", [Gaussian(max_grad_norm=0.5), TopAgg(top_k=7)], ids=["l2", "votes"])
-def test_one_record_moves_the_sum_no_further_than_the_event_says(mechanism, relation):
-    module = tiny_dpgan()
+@pytest.mark.parametrize("make", [tiny_dpgan, seeing_few_frequencies], ids=["pixels", "basis"])
+def test_one_record_moves_the_sum_no_further_than_the_event_says(make, mechanism, relation):
+    module = make()
     found = moves(module, TinyData, torch.tensor([0, 3, 5, 18, 19, 30]), mechanism, relation=relation)
     bound = mechanism.l2_sensitivity(module.contribution_spec(), NeighboringRelation[relation.upper()])
     assert 0 < max(found) <= bound * (1 + 1e-9)
@@ -73,6 +83,24 @@ def test_every_mechanism_trains(tmp_path, mechanism):
     assert not torch.equal(flat(before.generator), flat(module.generator))
     assert not torch.equal(flat(before.critic), flat(module.critic))
     assert torch.isfinite(flat(module)).all()
+
+
+def test_a_critic_with_a_basis_sees_its_coordinates_alone(tmp_path):
+    """Records that differ outside of them give the same rows, fakes and records pass through it alike."""
+    module = seeing_few_frequencies()
+    seen = torch.rand(5, *SHAPE)
+    kept = (module.basis(seen) @ module.basis.matrix).unflatten(1, SHAPE)  # without what the critic cannot see
+    labels = torch.tensor([0, 1, 0, 1, 0])
+    loss = module._loss_of_record
+    norms = [
+        next(iter(module.source.gradients(module.critic, loss, (module._seen(images), labels), ids=labels))).norms
+        for images in (seen, kept)
+    ]
+    torch.testing.assert_close(*norms)
+    assert not torch.allclose(seen, kept, atol=0.01)
+    module, _ = train(tmp_path, seeing_few_frequencies())
+    assert torch.isfinite(flat(module)).all()
+    assert not torch.equal(flat(module.generator), flat(seeing_few_frequencies().generator))
 
 
 def test_empty_batches_release_noise_and_are_charged(tmp_path, monkeypatch):

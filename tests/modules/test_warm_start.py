@@ -170,6 +170,21 @@ def test_every_generator_learns_from_samples(make):
     assert distance() < before - 0.5
 
 
+def test_contrast_and_distortion_reach_the_samples(tmp_path, monkeypatch):
+    """What is public may be added to the samples; the release, its price and its noise stay the same."""
+    taught, events = [], []
+    monkeypatch.setattr(
+        base.PrivateModule, "take_warm_start", lambda self, samples, **_: taught.append(samples.images.clone())
+    )
+    monkeypatch.setattr(Gaussian, "release", lambda self, total, plan, *_, **__: total)
+    for options in ({}, {"gain": 1.5}, {"distortion": (10.0, 0.1, 0.1, 1.0)}):
+        accountant = fit(tmp_path, tiny_gan(), warm=warm_start(**options))
+        events.append(accountant.ledger.entries[0].event)
+    assert events[0] == events[1] == events[2]
+    torch.testing.assert_close(taught[1], (1.5 * taught[0]).clamp(0, 1))
+    assert not torch.allclose(taught[2], taught[0], atol=0.05)
+
+
 def test_labels_that_were_never_drawn_are_left_alone():
     generator = tiny_generator()
     bars = samples_of_bars()
