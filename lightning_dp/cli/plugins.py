@@ -24,6 +24,7 @@ from lightning_dp.networks.datalens import DataLensGenerator
 from lightning_dp.networks.dcgan import DCGANCritic, DCGANGenerator
 from lightning_dp.networks.dct import DCTGenerator
 from lightning_dp.networks.gswgan import GSWGANCritic, GSWGANGenerator
+from lightning_dp.networks.scattering import ScatteringClassifier
 from lightning_dp.networks.sinkhorn import SinkhornConvGenerator, SinkhornResidualGenerator
 from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator, SmallConvDiscriminator, SmallConvGenerator
 from lightning_dp.networks.tempered import TemperedCNN
@@ -62,6 +63,7 @@ __all__ = [
     "MLPGenerator",
     "MomentsModule",
     "NoPrivacy",
+    "ScatteringClassifier",
     "SinkhornConvGenerator",
     "SinkhornResidualGenerator",
     "SmallConvDiscriminator",

@@ -27,6 +27,7 @@ from lightning_dp.modules.records import (
 from lightning_dp.networks.classifier import Classifier
 
 _VIEWS = 0  # purpose of public randomness
+_FEATURES_AT_ONCE = 500
 
 
 class DPSGDClassifier(RecordModule):
@@ -41,6 +42,8 @@ class DPSGDClassifier(RecordModule):
         views_per_record: Random views whose losses are averaged before a record is clipped (De et al. 2022).
         max_shift: Largest shift of a view in pixels.
         flip: Whether views are mirrored at random; for digits they should not be.
+        keep_features: Compute what no parameter touches (`Classifier.features`) once for all records and keep it in
+            memory, instead of once for every use of a record. Private data like the images; needs views to be off.
         optimizer: sgd or adam, on released gradients.
         learning_rate: First learning rate.
         momentum: Of sgd, in [0, 1).
@@ -62,6 +65,7 @@ class DPSGDClassifier(RecordModule):
         views_per_record: int = 1,
         max_shift: int = 0,
         flip: bool = False,
+        keep_features: bool = False,
         optimizer: Literal["sgd", "adam"] = "sgd",
         learning_rate: float = 1.0,
         momentum: float = 0.0,
@@ -87,11 +91,15 @@ class DPSGDClassifier(RecordModule):
             raise ConfigurationError(
                 f"model.views_per_record={views_per_record} would average equal views; set model.max_shift or flip."
             )
+        if keep_features and (max_shift or flip):
+            raise ConfigurationError("model.keep_features keeps one view of a record; set max_shift and flip to none.")
         if optimizer == "adam" and momentum:
             raise ConfigurationError(f"model.momentum={momentum} is of sgd and would be ignored by adam; leave it out.")
         self.network = network
         self.keep_average(network)
         self.views_per_record, self.max_shift, self.flip = views_per_record, max_shift, flip
+        self.keep_features = keep_features
+        self._kept: tuple[Tensor, Tensor] | None = None  # images and features; no buffers, which checkpoints would hold
         self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
         self.final_learning_rate_share = final_learning_rate_share
 
@@ -151,11 +159,23 @@ class DPSGDClassifier(RecordModule):
 
     @override
     def record_loss_of(self) -> tuple[nn.Module, RecordLoss]:
-        return self.network, mean_cross_entropy
+        return self.network, cross_entropy_of_features if self.keep_features else mean_cross_entropy
 
     @override
     def record_batch(self, ids: Tensor) -> tuple[Tensor, ...]:
+        if self.keep_features:
+            return self._features_of(ids), self.labels_of(ids)
         return self._views(self.images_of(ids), ids), self.labels_of(ids)
+
+    @torch.no_grad()
+    def _features_of(self, ids: Tensor) -> Tensor:
+        """Return the features of records, (n, d). Private."""
+        images: Tensor = self.trainer.datamodule.train_images  # type: ignore[attr-defined]
+        if self._kept is None or self._kept[0] is not images:
+            every = torch.arange(len(images)).split(_FEATURES_AT_ONCE)
+            self._kept = images, torch.cat([self.network.features(self.images_of(some)) for some in every])
+        features = self._kept[1]
+        return features[ids.to(features.device)]
 
     def _views(self, images: Tensor, ids: Tensor) -> Tensor:
         if not (self.max_shift or self.flip):
@@ -180,3 +200,14 @@ def mean_cross_entropy(network: nn.Module, views: Tensor, label: Tensor) -> Tens
     """
     logits = network(views.flatten(0, 1))  # (K, num_classes)
     return F.cross_entropy(logits, label.expand(len(logits)))
+
+
+def cross_entropy_of_features(network: Classifier, features: Tensor, label: Tensor) -> Tensor:
+    """Return the loss of one record from its fixed features.
+
+    Args:
+        network: See `Classifier.classify`.
+        features: (1, d).
+        label: (1,).
+    """
+    return F.cross_entropy(network.classify(features), label)

@@ -18,6 +18,15 @@ class Classifier(ReleasableNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, (B, num_classes), of images in [0, 1], (B, C, H, W)."""
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return what no trained parameter touches, (B, ...), each image by itself; the images, unless there is more."""
+        return images
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits, (B, num_classes), of `features`: classify(features(x)) is forward(x)."""
+        logits: Tensor = self(features)
+        return logits
+
     @torch.no_grad()
     def predict(self, images: Tensor, *, batch_size: int = 500) -> Tensor:
         """Return the most likely labels, int64 on the CPU, (n,).

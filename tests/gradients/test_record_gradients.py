@@ -15,6 +15,7 @@ from lightning_dp.modules.dpsgd import mean_cross_entropy
 from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.classifiers import ConvClassifier, FeatureClassifier, MLPClassifier
 from lightning_dp.networks.dcgan import DCGANCritic
+from lightning_dp.networks.scattering import ScatteringClassifier
 from lightning_dp.networks.small import MLPDiscriminator, SmallConvDiscriminator
 from lightning_dp.networks.tempered import TemperedCNN
 from lightning_dp.networks.vae import ConvDecoder, ConvEncoder, CosineDecoder, CosineEncoder, one_hot
@@ -73,6 +74,7 @@ NETWORKS = {
     "wide resnet, 2 views": classifier(lambda: WideResNet((3, 8, 8), depth=10, width=1), (3, 8, 8), views=2),
     "conv": classifier(lambda: ConvClassifier(GRAY, 10)),
     "mlp": classifier(lambda: MLPClassifier(GRAY, 10)),
+    "scattering": classifier(lambda: ScatteringClassifier(GRAY, order=2)),
     "features": classifier(FeatureClassifier),
     "dcgan critic": critic(lambda: DCGANCritic(GRAY, width=8)),
     "small critic": critic(lambda: SmallConvDiscriminator(GRAY, 10)),

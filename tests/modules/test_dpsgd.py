@@ -18,6 +18,7 @@ from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.published import load_classifier, load_generator
 from lightning_dp.networks.classifier import Classifier
+from lightning_dp.networks.scattering import ScatteringClassifier
 from tests.conftest import TinyData, callbacks_for, trainer_for
 from tests.contracts.records import clean_sum, moves
 
@@ -86,6 +87,33 @@ def test_one_record_moves_the_sum_no_further_than_the_event_says(mechanism, rela
     found = moves(module, TinyData, torch.tensor([0, 3, 5, 18, 19, 30]), mechanism, relation=relation)
     bound = mechanism.l2_sensitivity(module.contribution_spec(), NeighboringRelation[relation.upper()])
     assert 0 < max(found) <= bound * (1 + 1e-9)
+
+
+def on_wavelets(**options) -> DPSGDClassifier:
+    torch.manual_seed(0)
+    network = ScatteringClassifier((1, 8, 8), num_classes=2, orientations=4)
+    nn.init.normal_(network.head.weight, std=0.1)
+    return DPSGDClassifier(network, **{"expected_batch_size": 10, "learning_rate": 0.5, "chunk_size": 3, **options})
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+def test_kept_features_move_with_their_record(relation):
+    """Rows from kept features are those of the images, and a record that leaves or changes moves its own row alone."""
+    ids, mechanism = torch.tensor([0, 3, 5, 18, 19, 30]), Gaussian(max_grad_norm=0.5)
+    found = moves(on_wavelets(keep_features=True), TinyData, ids, mechanism, relation=relation)
+    torch.testing.assert_close(found, moves(on_wavelets(), TinyData, ids, mechanism, relation=relation), rtol=1e-4, atol=0)
+    bound = mechanism.l2_sensitivity(on_wavelets().contribution_spec(), NeighboringRelation[relation.upper()])
+    assert 0 < max(found) <= bound * (1 + 1e-9)
+
+
+def test_kept_features_train_the_same_network_and_stay_out_of_checkpoints(tmp_path):
+    kept, other = (
+        train(tmp_path, on_wavelets(keep_features=keep), NoPrivacy(), insecure_seed=3)[0] for keep in (True, False)
+    )
+    torch.testing.assert_close(kept.network.head.weight, other.network.head.weight, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(kept.network.head.weight, on_wavelets().network.head.weight)
+    assert kept._kept[1].shape == (40, 9 * 4)
+    assert kept.state_dict().keys() == other.state_dict().keys()
 
 
 def test_views_drawn_in_the_order_of_the_batch_would_be_caught():
