@@ -19,11 +19,11 @@ class Classifier(ReleasableNetwork):
         """Return logits, (B, num_classes), of images in [0, 1], (B, C, H, W)."""
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what no trained parameter touches, (B, ...), each image by itself; the images, unless there is more."""
+        """Return what no trained parameter touches, (B, ...), of each image by itself: here the image."""
         return images
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits, (B, num_classes), of `features`: classify(features(x)) is forward(x)."""
+        """Return what `forward` returns, from `features`."""
         logits: Tensor = self(features)
         return logits
 

@@ -78,11 +78,11 @@ class ScatteringClassifier(Classifier):
 
     def _moduli(self, maps: Tensor, *, stride: int) -> Tensor:
         """Return the moduli of all wavelets of all maps, (B, C * orientations, h, w)."""
-        channels = maps.shape[1]
-        filters = self.wavelets.to(maps).repeat(channels, 1, 1, 1)
-        parts = F.conv2d(maps, filters, stride=stride, padding=_SIDE // 2, groups=channels)
+        # Maps one by one: a grouped convolution would send per-record gradients to the slowest way of making them.
+        parts = F.conv2d(maps.flatten(0, 1)[:, None], self.wavelets.to(maps), stride=stride, padding=_SIDE // 2)
+        waves = parts.unflatten(0, maps.shape[:2]).unflatten(2, (-1, 2))  # (B, C, orientations, 2, h, w)
         # The constant keeps the slope of the root finite where a map is flat.
-        return (parts.unflatten(1, (-1, 2)).square().sum(2) + 1e-8).sqrt()
+        return (waves.square().sum(3) + 1e-8).sqrt().flatten(1, 2)
 
 
 def morlet_wavelets(orientations: int) -> Tensor:

@@ -101,7 +101,9 @@ def test_kept_features_move_with_their_record(relation):
     """Rows from kept features are those of the images, and a record that leaves or changes moves its own row alone."""
     ids, mechanism = torch.tensor([0, 3, 5, 18, 19, 30]), Gaussian(max_grad_norm=0.5)
     found = moves(on_wavelets(keep_features=True), TinyData, ids, mechanism, relation=relation)
-    torch.testing.assert_close(found, moves(on_wavelets(), TinyData, ids, mechanism, relation=relation), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        found, moves(on_wavelets(), TinyData, ids, mechanism, relation=relation), rtol=1e-4, atol=0
+    )
     bound = mechanism.l2_sensitivity(on_wavelets().contribution_spec(), NeighboringRelation[relation.upper()])
     assert 0 < max(found) <= bound * (1 + 1e-9)
 
