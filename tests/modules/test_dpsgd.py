@@ -240,8 +240,9 @@ def test_it_learns_what_can_be_learnt(tmp_path):
 
 
 def test_noise_destroys_learning(tmp_path):
+    """At a fixed noise secret: a network that noise has drawn separates the two classes by luck now and then."""
     judge = EvaluateGenerator()
-    train(tmp_path, max_steps=40, callbacks=[judge], noise_multiplier=1e3)
+    train(tmp_path, max_steps=40, callbacks=[judge], noise_multiplier=1e3, insecure_seed=1)
     assert judge.result.metrics()["accuracy"] < 0.9
 
 
