@@ -95,6 +95,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
             turns, in public order whatever was asked of whom. Must divide num_teachers; null trains all.
         objective: non_saturating (DataLens, G-PATE) or wasserstein with a gradient penalty (GS-WGAN).
         penalty: Weight of the gradient penalty of a Wasserstein critic.
+        compute: bfloat16 judges and differentiates under autocast; parameters, moments, gradients and rows are float32.
         state_dir: Folder for parameters and moments as memory-mapped files, for ensembles larger than memory (4000
             DataLens teachers take 27 GB); Linux, CPU only. The files are private and vanish with the process.
 
@@ -117,11 +118,13 @@ class DiscriminatorTeachers(TeacherEnsemble):
         teachers_per_round: int | None = None,
         objective: Objective = "non_saturating",
         penalty: float = 10.0,
+        compute: Literal["float32", "bfloat16"] = "float32",
         state_dir: str | None = None,
     ) -> None:
         _require_choice("network", network, tuple(NETWORKS))
         _require_choice("backend", backend, ("auto", *BACKENDS))
         _require_choice("objective", objective, get_args(Objective))
+        _require_choice("compute", compute, ("float32", "bfloat16"))
         counts = {"num_teachers": num_teachers, "batch_size": batch_size, "train_steps": train_steps}
         counts["pretrain_steps"] = pretrain_steps
         if chunk_size is not None:
@@ -147,7 +150,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.learning_rate, self.betas = learning_rate, betas
         self.train_steps, self.pretrain_steps = train_steps, pretrain_steps
         self.objective: Objective = objective
-        self.penalty, self.state_dir = penalty, state_dir
+        self.penalty, self.compute, self.state_dir = penalty, compute, state_dir
         self._parameters: Stack = {}
         self._files: tuple[MappedState, ...] = ()
         self._rounds = 0
@@ -170,6 +173,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._ranks, self._owned = ranks, ranks.owned(self.num_teachers)
         self._shards = shards.part(self._owned).to(self._device)
         self._has_records = self._shards.sizes > 0
+        self._all_have_records = bool(self._has_records.all())
         self._sample_shape = tuple(self._encoded(torch.zeros(1, *image_shape, device=self._device)).shape[1:])
         network = NETWORKS[self.network_name](self._sample_shape, num_classes)
         if self._batch < network.min_batch:
@@ -211,11 +215,14 @@ class DiscriminatorTeachers(TeacherEnsemble):
             real, fake, one_hot = self._round_batch(teachers, fakes, visit)
             for repeat in range(repeats):
                 shares = self._public_shares(step, repeat, like=real)
-                gradients = self._backend.training_gradients(
-                    self._slice(self._parameters, teachers), real, fake, one_hot, shares
-                )
+                own = self._slice(self._parameters, teachers)
+                with self._computing():
+                    gradients = self._backend.training_gradients(own, real, fake, one_hot, shares)
                 self._adam_step(teachers, gradients, steps_before=steps_before + repeat)
         self._rounds += 1
+
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.compute == "bfloat16")
 
     def _turn(self, step: int) -> tuple[slice, int]:
         """Return which of all teachers are trained in a round, and how many rounds they have had before: public."""
@@ -235,7 +242,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
 
     def row_chunks(self, fakes: Tensor, labels: Tensor, judges: Tensor | None = None) -> Iterator[RowChunk]:  # noqa: D102
         for teacher_ids, own, one_hot in self._judging(fakes, labels, judges):
-            values = self._backend.descent_directions(own, fakes.detach(), one_hot).flatten(2)  # (n, B, d)
+            with self._computing():
+                values = self._backend.descent_directions(own, fakes.detach(), one_hot).flatten(2)  # (n, B, d)
             yield self._chunk(teacher_ids, values)
 
     def vote_chunks(self, fakes: Tensor, labels: Tensor, *, is_relative: bool = False) -> Iterator[RowChunk]:
@@ -247,7 +255,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
             is_relative: Vote +1 for a fake that looks more real to the teacher than its mean fake of the same label.
         """
         for teacher_ids, own, one_hot in self._judging(fakes, labels, None):
-            logits = self._backend.logits(own, fakes.detach(), one_hot)  # (n, B)
+            with self._computing():
+                logits = self._backend.logits(own, fakes.detach(), one_hot).to(one_hot.dtype)  # (n, B)
             if is_relative:
                 means = (logits @ one_hot) / one_hot.sum(0).clamp(min=1)  # (n, y)
                 logits = logits - means[:, labels]
@@ -256,8 +265,9 @@ class DiscriminatorTeachers(TeacherEnsemble):
     def _chunk(self, teacher_ids: Tensor, values: Tensor) -> RowChunk:
         # A teacher without records abstains, so that its rows do not tell an empty shard's initial network apart.
         places = (teacher_ids - self._owned.start) // self._owned.step
-        speaks = self._has_records[places][:, None, None]
-        return RowChunk(teacher_ids, torch.where(speaks, values, torch.zeros_like(values)), slice(0, values.shape[1]))
+        if not self._all_have_records:
+            values = values.masked_fill(~self._has_records[places][:, None, None], 0.0)
+        return RowChunk(teacher_ids, values, slice(0, values.shape[1]))
 
     def _judging(self, fakes: Tensor, labels: Tensor, judges: Tensor | None) -> Iterator[tuple[Tensor, Stack, Tensor]]:
         """Yield teachers that judge, a chunk at a time: their ids, their parameters, and the labels one-hot."""
@@ -368,7 +378,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         """Return real (n, B, ...), fake (n, B, ...) and one-hot labels (n, B, y) of one round."""
         positions = self._shards.positions(teachers, self._batch, step)
         labels = self._shards.labels[positions]  # (n, B)
-        images = self._shards.images[positions.flatten()].to(fakes.dtype) / 255
+        images = self._shards.images[positions.flatten()].to(fakes.dtype).div_(255)
         real = self._encoded(images).to(fakes.dtype).unflatten(0, tuple(positions.shape))
         fake = fakes[torch.arange(self._batch, device=self._device), labels]
         return real, fake, F.one_hot(labels, self._num_classes).to(fakes.dtype)

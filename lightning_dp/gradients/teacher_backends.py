@@ -6,6 +6,7 @@ Shapes: n teachers of one chunk, B samples, y classes.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class LoopBackend(TeacherBackend):
         return gradients
 
     def _training_loss(self, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None) -> Tensor:
-        judged_real, judged_fake = self.network(real, one_hot), self.network(fake, one_hot)
+        judged_real, judged_fake = _judge_both(self.network, self.network, real, fake, one_hot)
         if self.objective == "non_saturating":
             return discriminator_loss(judged_real, judged_fake)
         points = between(real, fake, _given(shares)).detach().requires_grad_()
@@ -138,17 +139,21 @@ class StackedBackend(TeacherBackend):
     """All teachers of a chunk at once under `vmap`: fastest for dense layers, and on a GPU."""
 
     def _training_loss(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Tensor:
-        judged_real = functional_call(self.network, own, (real, one_hot))
-        judged_fake = functional_call(self.network, own, (fake, one_hot))
-        return discriminator_loss(judged_real, judged_fake)
+        return discriminator_loss(*self._judged(own, real, fake, one_hot))
+
+    def _judged(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
+        def judge(samples: Tensor, labels: Tensor) -> Tensor:
+            said: Tensor = functional_call(self.network, own, (samples, labels))
+            return said
+
+        return _judge_both(judge, self.network, real, fake, one_hot)
 
     def _critic_loss(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor) -> Tensor:
         def total_score(samples: Tensor) -> Tensor:
             total: Tensor = functional_call(self.network, own, (samples, one_hot)).sum()
             return total
 
-        judged_real = functional_call(self.network, own, (real, one_hot))
-        judged_fake = functional_call(self.network, own, (fake, one_hot))
+        judged_real, judged_fake = self._judged(own, real, fake, one_hot)
         slopes = grad(total_score)(between(real, fake, shares))
         return wasserstein_critic_loss(judged_real, judged_fake, slopes, penalty=self.penalty)
 
@@ -176,6 +181,16 @@ class StackedBackend(TeacherBackend):
         each = vmap(grad(self._negative_generator_loss), in_dims=(None, 0, None))
         directions: Tensor = each(fakes.detach(), parameters, one_hot)
         return directions
+
+
+def _judge_both(
+    judge: Callable[[Tensor, Tensor], Tensor], network: Discriminator, real: Tensor, fake: Tensor, one_hot: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return logits of real and fake, in one pass where a network takes no statistics of a batch."""
+    if network.min_batch > 1:
+        return judge(real, one_hot), judge(fake, one_hot)
+    judged_real, judged_fake = judge(torch.cat([real, fake]), torch.cat([one_hot, one_hot])).chunk(2)
+    return judged_real, judged_fake
 
 
 def _given(shares: Tensor | None) -> Tensor:

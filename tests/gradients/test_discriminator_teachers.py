@@ -383,3 +383,17 @@ class TestJudges:
         assert torch.cat([chunk.teacher_ids for chunk in chunks]).tolist() == [1, 3, 4]
         torch.testing.assert_close(torch.cat([chunk.values for chunk in chunks]), rows_of(teachers)[judges])
         assert list(teachers.row_chunks(fakes, labels, judges[:0])) == []
+
+
+@pytest.mark.parametrize("backend", ["loop", "stacked"])
+def test_bfloat16_is_for_computing_and_for_nothing_that_stays(backend):
+    plain, low = (run(make_teachers("mlp", backend, compute=compute)) for compute in ("float32", "bfloat16"))
+    assert all(stack.dtype == torch.float32 for stack in tensors_of(low).values())
+    rows, exact = rows_of(low), rows_of(plain)
+    assert rows.dtype == torch.float32
+    assert 0 < float((rows - exact).norm() / exact.norm()) < 0.1
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ConfigurationError, match="compute"):
+        make_teachers("mlp", "loop", compute="float16")
