@@ -34,7 +34,8 @@ format: setup
 	$(BIN)/ruff format .
 
 benchmark: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teachers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[benchmark]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -19,10 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import Table
+
 NUM_RECORDS, MAX_BATCH, CLASSES, IMAGE_SHAPE = 60_000, 30, 10, (1, 28, 28)
 BACKENDS = ("loop", "stacked")
 PROCESSES = {50: 2, 200: 2, 1000: 2, 4000: 1}  # of each backend
 SECONDS_PER_PROCESS = 4.0
+WITHIN = 2.0  # times what their multiplications take in one large matrix product
 TOLERANCE = 0.9  # the automatic choice reaches this share of the better backend's speed
 
 
@@ -103,6 +106,78 @@ def compare(
         "automatic": chosen,
         "automatic_to_better": found[chosen]["samples_per_s"] / best,
     }
+
+
+def matmul_seconds(network: str, batch: int, device_name: str) -> float:
+    """Return the seconds that the multiplications of one teacher's round take in one large matrix product.
+
+    Args:
+        network: Of every teacher.
+        batch: B.
+        device_name: cpu or cuda.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    from benchmarks.releases import fastest
+    from lightning_dp.gradients.discriminator_teachers import NETWORKS
+    from lightning_dp.gradients.teacher_backends import LoopBackend
+
+    judge = NETWORKS[network](IMAGE_SHAPE, CLASSES)
+    own = {name: parameter.detach()[None].clone() for name, parameter in judge.named_parameters()}
+    images, one_hot = torch.rand(1, batch, *IMAGE_SHAPE), torch.eye(CLASSES)[torch.arange(batch) % CLASSES][None]
+    counted = [0]
+
+    class Counting(TorchDispatchMode):  # FlopCounterMode hooks modules too, which `autograd.grad` does not allow
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket in flop_registry:
+                counted[0] += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+            return result
+
+    with Counting():
+        LoopBackend(judge).training_gradients(own, images, images, one_hot)
+        LoopBackend(judge).descent_directions(own, images[0], one_hot[0])
+    size = 1024
+    square = torch.rand(size, size, device=device_name)
+    return counted[0] / (2 * size**3) * fastest(lambda: square @ square, seconds=1.0, device=device_name)
+
+
+def run(*, quick: bool, device: str = "cpu") -> Table:
+    """Return the table of both networks at several numbers of teachers."""
+    rows, is_near, within = [], True, True
+    for network in ("mlp", "small_conv"):
+        for num_teachers in (50, 200) if quick else tuple(PROCESSES):
+            batch = min(MAX_BATCH, NUM_RECORDS // num_teachers)
+            seconds, processes = (2.0, 1) if quick else (SECONDS_PER_PROCESS, PROCESSES[num_teachers])
+            line = compare(network, num_teachers, batch, device, processes=processes, seconds=seconds)
+            chosen = line[line["automatic"]]
+            over = chosen["round_s"] / num_teachers / matmul_seconds(network, batch, device)
+            is_near = is_near and line["automatic_to_better"] >= TOLERANCE
+            within = within and (network != "mlp" or over <= WITHIN)
+            rows.append(
+                [
+                    network,
+                    f"{num_teachers:,}",
+                    str(batch),
+                    *(f"{line[one]['samples_per_s']:,.0f}, {line[one]['peak_bytes'] / 1e9:.2f} GB" for one in BACKENDS),
+                    line["automatic"],
+                    f"{line['automatic_to_better']:.2f}",
+                    f"{over:.2f}",
+                ]
+            )
+    return Table(
+        name="teachers",
+        title="Teacher backends, samples per CPU second and peak memory",
+        columns=["network", "teachers", "B", *BACKENDS, "automatic", "to the better", "times one large matrix product"],
+        rows=rows,
+        targets={
+            "the automatic choice within 1.1 times the better": is_near,
+            f"dense teachers within {WITHIN:g} times the time of one large matrix product": within,
+        },
+        device=device,
+    )
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:

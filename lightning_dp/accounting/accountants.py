@@ -41,6 +41,10 @@ __all__ = [
 PAPER_ORDERS: tuple[float, ...] = (1.1, *(float(order) for order in range(2, 200)))
 """The orders of the DataLens program."""
 
+_LOOK_AHEAD, _MOST_QUESTIONS = 64, 64
+_Question = tuple[float, float, NeighboringRelation, Accountant]
+_kept: dict[_Question, dict[tuple[ReleaseEvent, Sampling], int]] = {}
+
 
 def compute_epsilon(
     counts: Counts,
@@ -144,14 +148,23 @@ def would_exceed(
         return False
     after = dict(counts)
     after[extra] = after.get(extra, 0) + 1
-    if accountant == "auto" and quick_epsilon_bound(after, delta=delta, relation=relation) <= budget:
+    question = (budget, checked_delta(delta), parse_relation(relation), accountant)
+    if _is_part(after, _kept.get(question, {})):
         return False
+    if accountant == "auto":
+        # Asked at every step, so it looks ahead: whatever is part of what keeps the budget keeps it too.
+        for ahead in (_LOOK_AHEAD, 0):
+            further = after | {extra: after[extra] + ahead}
+            if quick_epsilon_bound(further, delta=delta, relation=relation) <= budget:
+                _keep(question, further)
+                return False
     terms = canonical_terms(after)
     if accountant in ("gaussian", "rdp") or has_non_private(terms) or is_unsampled(terms):
         return compute_epsilon(after, delta=delta, relation=relation, accountant=accountant).epsilon > budget
-    if planned is not None and all(count <= planned.get(key, 0) for key, count in after.items()):
+    if planned is not None and _is_part(after, planned):
         whole = compute_epsilon(planned, delta=delta, relation=relation, accountant=accountant).epsilon
         if whole <= budget:
+            _keep(question, planned)
             return False
     ((event, sampling, _),) = canonical_terms({extra: 1})
     rest = tuple(term for term in terms if term[:2] != (event, sampling))
@@ -159,6 +172,17 @@ def would_exceed(
     return count > _allowed_count(
         rest, event, sampling, budget, checked_delta(delta), parse_relation(relation), accountant
     )
+
+
+def _is_part(counts: Counts, whole: Counts) -> bool:
+    return all(count <= whole.get(key, 0) for key, count in counts.items())
+
+
+def _keep(question: _Question, counts: Counts) -> None:
+    """Remember counts that keep a budget, in place of the last ones of the same question."""
+    if len(_kept) >= _MOST_QUESTIONS:
+        _kept.clear()
+    _kept[question] = dict(counts)
 
 
 def paper_epsilon(counts: Counts, *, delta: float) -> float:

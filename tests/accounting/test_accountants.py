@@ -1,6 +1,7 @@
 """Known answers, properties and the edge cases in which dp-accounting is silently wrong."""
 
 import math
+import random
 from itertools import pairwise
 
 import dp_accounting
@@ -538,3 +539,23 @@ def test_smaller_delta_never_costs_less():
     counts = {(gaussian(20.0), FULL): 100}
     values = [epsilon(counts, delta=delta) for delta in (1e-3, 1e-5, 1e-7, 1e-15)]
     assert all(small < large for small, large in pairwise(values))
+
+
+class TestWhatIsRemembered:
+    """Answers that are remembered are those that would be computed."""
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("rate", [1.0, 0.1])
+    def test_any_order_of_questions_gets_the_same_answers(self, seed, rate):
+        event = GaussianRelease(noise_std=20.0, l2_sensitivity=1.0)
+        sampling = Sampling(scheme="full") if rate == 1 else Sampling(scheme="poisson", rate=rate)
+        other = (GaussianRelease(noise_std=7.0, l2_sensitivity=1.0), Sampling(scheme="full"))
+        questions = [
+            (count, first, delta) for count in (0, 1, 5, 60, 130, 200) for first in (0, 2) for delta in (1e-5, 1e-7)
+        ]
+        options = {"relation": "add_or_remove_one", "accountant": "auto"}
+        for count, first, delta in random.Random(seed).sample(questions, len(questions)):
+            counts = {(event, sampling): count, other: first}
+            after = {(event, sampling): count + 1, other: first}
+            wanted = compute_epsilon(after, delta=delta, **options).epsilon > 2.0
+            assert would_exceed(counts, (event, sampling), budget_epsilon=2.0, delta=delta, **options) == wanted
