@@ -1,8 +1,8 @@
 """Time a private step under Lightning against the same arithmetic in plain PyTorch.
 
 Both draw a Poisson batch, form clipped per-record gradients, add noise once and take a step of SGD. The framework adds
-the hooks of the Trainer, the callbacks, the guard over released parameters, the accountant, and a ledger that is on disk
-before noise is drawn. Steps alternate in one process with one thread; medians of CPU time count.
+hooks of the Trainer, callbacks, the guard over released parameters, the accountant, and a ledger that is on disk before
+noise is drawn. Steps alternate in one process with one thread; medians of CPU time count.
 """
 
 import tempfile
