@@ -143,7 +143,7 @@ def test_a_mistake_on_the_command_line(fit, tmp_path, monkeypatch, flags, words)
 IN_THE_FILE = {
     "mechanism misspelt": ("mechanism/class_path", "TopAg", ["choose from", "Gaussian", "mean TopAgg?"]),
     "mechanism misspelt, short": ("mechanism", "NoPrivaci", ["choose from", "Gaussian", "Did you mean NoPrivacy?"]),
-    "mechanism missing": ("mechanism", ..., ["Missing: mechanism (", "NoPrivacy, TopAgg", "--mechanism"]),
+    "mechanism missing": ("mechanism", ..., ["Missing: mechanism (", "NoPrivacy", "TopAgg", "--mechanism"]),
     "mechanism null": ("mechanism", None, ["Missing: mechanism (", "Gaussian", "NoPrivacy"]),
     "mechanism under another key": ("mechanizm", {"class_path": "TopAgg"}, ["'mechanizm", "Did you mean mechanism?"]),
     "mechanism's option beside init_args": ("mechanism/top_k", 3, ["mechanism", "class_path", "init_args"]),

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.energy_teachers import EnergyTeachers
 from lightning_dp.gradients.teachers import RowChunk, TeacherShards
@@ -131,10 +132,12 @@ def test_rows_of_fakes_that_lie_like_the_records_cancel_exactly(run_tiny):
     session = module._session
     session.begin_step()
     session._may_release = lambda *_: None
-    session.ledger = type("Spy", (), {"append": staticmethod(lambda *_: 9)})
+    session.ledger = PrivacyLedger(session.ledger.header, None)
     released = session.release(chunk(), (2, module.vector_dim), torch.device("cpu"))
     # The spec speaks of 20 rows per vector (40 records, 2 classes), as many as there are.
-    pushed = session.reference(PublicRows(chunk()), (2, module.vector_dim), torch.device("cpu"), number=9, num_rows=20)
+    number = released.number
+    shape = (2, module.vector_dim)
+    pushed = session.reference(PublicRows(chunk()), shape, torch.device("cpu"), number=number, num_rows=20)
     torch.testing.assert_close(released.value, pushed)
 
 
