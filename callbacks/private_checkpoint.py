@@ -1,6 +1,7 @@
 """Saves everything that is needed to resume; private, because teachers and optimizer states are in it."""
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,52 @@ class StreamedCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch turns a short write into a RuntimeError
+            Path(path).unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else "the disk took only part of it"
+            raise ConfigurationError(
+                f"The checkpoint {path} could not be written ({reason}); the one before it is whole, and every release "
+                "stays charged. Free the disk and go on with the same command and --ckpt_path last."
+            ) from error
 
     @override
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        check_checkpoint(Path(path))
         # Nothing but tensors and plain values, whatever was asked: a file may not run code.
         stored: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
         return stored
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a file that no run has saved, or in which one bit has changed since.
+
+    Reads the file once, for the checksums of its parts; nothing in it is executed.
+
+    Raises:
+        ConfigurationError: It is no checkpoint, or no whole one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            spoilt = archive.testzip()
+        if spoilt is not None:
+            reason = "a part of it was changed"
+        elif "state_dict" in torch.load(path, map_location="cpu", weights_only=True, mmap=True):
+            return
+        else:
+            reason = "no network in it"
+    except Exception as error:  # whatever unpickling makes of a file that is none
+        reason = str(error.strerror) if isinstance(error, OSError) and error.strerror else "not readable as one"
+    raise ConfigurationError(
+        f"Expected the checkpoint of a run (RUN/private/last.ckpt), got {path} ({reason}). Put a whole copy back, "
+        "or start a new run in another --run_dir (the epsilon of this one stays spent)."
+    )
 
 
 class PrivateCheckpoint(Checkpoint):

@@ -57,6 +57,7 @@ def checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
         )
     if header.get("format", FORMAT) != FORMAT:
         raise ConfigurationError(f"Expected a ledger of format {FORMAT}, got format={header['format']!r}.")
+    _check_types(header)
     named = dict(header) | {"format": FORMAT, "relation": relation_name(parse_relation(header.get("relation", "")))}
     try:
         plain = json.loads(canonical_json(named))
@@ -64,6 +65,23 @@ def checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigurationError(f"Expected a ledger header of JSON values, got header={header!r}: {error}.") from error
     checked: dict[str, Any] = plain
     return checked
+
+
+def _check_types(header: Mapping[str, Any]) -> None:
+    """Refuse fields of a run's header that nothing could be computed with, whoever wrote and sealed them."""
+    for name, is_right, expected in (
+        ("num_records", lambda value: type(value) is int and value > 0, "a whole number >= 1"),
+        ("target_delta", lambda value: isinstance(value, float | int) and 0 < value < 1, "a number in (0, 1)"),
+        ("mechanism", lambda value: isinstance(value, str), "a name"),
+        ("accountant", lambda value: isinstance(value, str), "a name"),
+        *((name, _is_texts, "a list of sentences") for name in ("conditional_on", "unverified", "warnings")),
+    ):
+        if (value := header.get(name)) is not None and not is_right(value):
+            raise ConfigurationError(f"Expected {name} in a ledger's header to be {expected}, got {name}={value!r}.")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def parse_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Run]]:

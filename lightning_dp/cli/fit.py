@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, Checkpoint
@@ -20,6 +19,7 @@ from callbacks import (
     RunFolder,
     SampleGrid,
 )
+from callbacks.private_checkpoint import check_checkpoint
 from callbacks.private_ddp import STRATEGY
 from callbacks.run_folder import GRID_FILE, LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
 from datamodules import ImageDataModule
@@ -27,7 +27,7 @@ from lightning_dp.accounting.claim import parse_plan
 from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
-from lightning_dp.cli.parsing import one_line
+from lightning_dp.cli.parsing import check_values, one_line
 from lightning_dp.cli.processes import process_number
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
@@ -123,6 +123,7 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a mistake is one line."""
         one_line(lambda: super(FitCLI, self).parse_arguments(parser, args), ROOTS, parser)
+        check_values(parser, self.config)
         if not 0 <= int(self.config.seed_everything) < 2**32:
             raise ConfigurationError(f"Expected 0 <= seed_everything < 2**32, got {self.config.seed_everything}.")
 
@@ -310,25 +311,10 @@ def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[
         if not (folder / LEDGER_FILE).exists():
             raise ConfigurationError(f"--ckpt_path last found no ledger in {folder}; check --run_dir.")
     checkpoint = folder / PRIVATE_FOLDER / LAST_CHECKPOINT
-    # Killed before the first checkpoint: training starts anew, what the ledger holds stays spent.
-    return folder, checkpoint if checkpoint.exists() else None
-
-
-def check_checkpoint(path: Path) -> None:
-    """Refuse a file that no run of ours has saved, before a folder is made; tensors are mapped, not read.
-
-    Raises:
-        ConfigurationError: It is none.
-    """
-    try:
-        if "state_dict" in torch.load(path, map_location="cpu", weights_only=True, mmap=True):
-            return
-        reason = "no network in it"
-    except Exception as error:  # whatever unpickling makes of a file that is none
-        reason = str(error).splitlines()[0] if isinstance(error, OSError) else "not readable as one"
-    raise ConfigurationError(
-        f"Expected the checkpoint of a run (RUN/private/last.ckpt), got --ckpt_path {path} ({reason})."
-    )
+    if not checkpoint.exists():  # killed before the first: training starts anew, what the ledger holds stays spent
+        return folder, None
+    check_checkpoint(checkpoint)
+    return folder, checkpoint
 
 
 def make_run_dir(folder: Path) -> None:

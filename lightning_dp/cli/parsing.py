@@ -5,7 +5,8 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -14,6 +15,8 @@ from lightning_dp.cli.messages import explain, subclass_names, unknown_class
 from lightning_dp.errors import ConfigurationError
 
 Parsed = TypeVar("Parsed")
+_MAY_BE_EMPTY = ("init_args", "dict_kwargs")
+_GROUPS = ("trainer", "privacy", "evaluation", "dataset_budget", "telemetry")
 
 
 def check_class_names(arguments: list[str], roots: Mapping[str, type]) -> None:
@@ -39,13 +42,16 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key != "<<" and key in seen:
                 where = key_node.start_mark
                 raise ConfigurationError(
                     f"{where.name}, line {where.line + 1}: {key!r} twice; the first would be ignored. Keep one of them."
                 )
+            if isinstance(value_node, yaml.MappingNode) and not value_node.value and key not in _MAY_BE_EMPTY:
+                # the parser drops it, whatever its name: a misspelt one would pass
+                raise ConfigurationError(f"Expected settings under {key!r}, got none ({{}}). Leave the line out.")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -106,6 +112,30 @@ def one_line(run: Callable[[], Parsed], roots: Mapping[str, type], parser: Argum
             raise ConfigurationError(f"The configuration is no text file ({error}). Give a YAML file.") from None
         message = error.message if isinstance(error, ArgumentError) else error
         raise ConfigurationError(explain(str(message), roots, _flags(parser))) from None
+
+
+def check_values(parser: ArgumentParser, config: Any) -> None:
+    """Refuse what the parser lets through: null for a setting that is always something, or a value for a whole group.
+
+    Args:
+        parser: The parser.
+        config: What it made of the arguments.
+
+    Raises:
+        ConfigurationError: A setting has no value, or a group is none.
+    """
+    for action in parser._actions:
+        group, dot, name = action.dest.rpartition(".")
+        hint = getattr(action, "_typehint", None)
+        inner = config.get(group) if dot else config
+        if dot and group in _GROUPS and not hasattr(inner, "keys"):
+            raise ConfigurationError(f"Expected 'key: value' lines under {group}, got {inner!r}.")
+        may_be_null = hint is None or hint is Any or NoneType in get_args(hint)
+        if not may_be_null and action.default is not None and config.get(action.dest, action.default) is None:
+            raise ConfigurationError(
+                f"Expected {action.dest} to have a value, got null; give one, or leave {name} out (it is then "
+                f"{action.default!r})."
+            )
 
 
 def _flags(parser: ArgumentParser | None) -> list[str]:

@@ -114,6 +114,9 @@ MISTAKES = {
         ["--trainer.callbacks", "{class_path: callbacks.SampleGrid, init_args: {path: x, per_class: 0}}"],
         ["per_class"],
     ),
+    "no group": (["--trainer", "3"], ["'key: value' lines under trainer, got 3"]),
+    "null for what is always something": (["--checkpoint_every", "null"], ["checkpoint_every", "got null"]),
+    "null in a group": (["--privacy.target_delta", "null"], ["privacy.target_delta", "got null", "it is then 1e-05"]),
     "another checkpoint": (
         ["--trainer.callbacks", "{class_path: ModelCheckpoint, init_args: {dirpath: x, every_n_train_steps: 1}}"],
         ["ModelCheckpoint", "outside private/", "private/last.ckpt"],
@@ -208,6 +211,13 @@ def test_a_setting_given_twice_is_refused(cli, tmp_path, path):
         line = cli("fit", *flag).error()
         assert f"'{last}' twice" in line
         assert "config.yaml, line" in line
+
+
+def test_an_empty_setting_of_any_name_is_refused(cli, tmp_path):
+    """The parser drops it without a word, so a misspelt one would pass."""
+    file = tmp_path / "config.yaml"
+    file.write_text(TINY.read_text().replace("evaluation:\n", "evaluation:\n  num_sampels: {}\n"))
+    assert "under 'num_sampels', got none" in cli("fit", "--config", file).error()
 
 
 COMMANDS = {

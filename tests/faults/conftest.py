@@ -1,0 +1,3 @@
+from tests.cli.runs import cli, fit
+
+__all__ = ["cli", "fit"]
