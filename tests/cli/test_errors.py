@@ -114,9 +114,6 @@ MISTAKES = {
         ["--trainer.callbacks", "{class_path: callbacks.SampleGrid, init_args: {path: x, per_class: 0}}"],
         ["per_class"],
     ),
-    "no group": (["--trainer", "3"], ["'key: value' lines under trainer, got 3"]),
-    "null for what is always something": (["--checkpoint_every", "null"], ["checkpoint_every", "got null"]),
-    "null in a group": (["--privacy.target_delta", "null"], ["privacy.target_delta", "got null", "it is then 1e-05"]),
     "another checkpoint": (
         ["--trainer.callbacks", "{class_path: ModelCheckpoint, init_args: {dirpath: x, every_n_train_steps: 1}}"],
         ["ModelCheckpoint", "outside private/", "private/last.ckpt"],
@@ -218,6 +215,21 @@ def test_an_empty_setting_of_any_name_is_refused(cli, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(TINY.read_text().replace("evaluation:\n", "evaluation:\n  num_sampels: {}\n"))
     assert "under 'num_sampels', got none" in cli("fit", "--config", file).error()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("trainer", 3, "'key: value' lines under trainer, got 3"),
+        ("evaluation", None, "'key: value' lines under evaluation"),
+        ("privacy/target_delta", None, "Expected privacy.target_delta to have a value, got null"),
+        ("evaluation/num_samples", None, "Expected evaluation.num_samples to have a value, got null"),
+    ],
+)
+def test_a_file_that_gives_no_value_is_refused(cli, tmp_path, path, value, words):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(changed(path, value)))
+    assert words in cli("fit", "--config", file).error()
 
 
 COMMANDS = {
