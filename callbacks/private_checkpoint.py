@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,35 +42,53 @@ class StreamedCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        check_checkpoint(Path(path))
+        _refuse_for(_why_not_whole(Path(path)), Path(path))
         # Nothing but tensors and plain values, whatever was asked: a file may not run code.
         stored: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
         return stored
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuse a file that no run has saved, or in which one bit has changed since.
-
-    Reads the file once, for the checksums of its parts; nothing in it is executed.
+    """Refuse a file that no run has saved, or in which one bit has changed since; nothing in it is executed.
 
     Raises:
         ConfigurationError: It is no checkpoint, or no whole one.
     """
+    reason = _why_not_whole(path)
+    if reason is None and "state_dict" not in torch.load(path, map_location="cpu", weights_only=True, mmap=True):
+        reason = "no network in it"
+    _refuse_for(reason, path)
+
+
+def _refuse_for(reason: str | None, path: Path) -> None:
+    if reason is not None:
+        raise ConfigurationError(
+            f"Expected the checkpoint of a run (RUN/private/last.ckpt), got {path} ({reason}). Put a whole copy back, "
+            "or start a new run in another --run_dir (the epsilon of this one stays spent)."
+        )
+
+
+def _why_not_whole(path: Path) -> str | None:
+    """Return why a file is not what `save_checkpoint` wrote; reads all of it, once per process."""
+    try:
+        found = path.stat()
+        return _spoilt(path, found.st_mtime_ns, found.st_size, found.st_ino)
+    except OSError as error:
+        return str(error.strerror)
+
+
+@lru_cache(maxsize=4)
+def _spoilt(path: Path, *_: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            spoilt = archive.testzip()
-        if spoilt is not None:
-            reason = "a part of it was changed"
-        elif "state_dict" in torch.load(path, map_location="cpu", weights_only=True, mmap=True):
-            return
-        else:
-            reason = "no network in it"
-    except Exception as error:  # whatever unpickling makes of a file that is none
-        reason = str(error.strerror) if isinstance(error, OSError) and error.strerror else "not readable as one"
-    raise ConfigurationError(
-        f"Expected the checkpoint of a run (RUN/private/last.ckpt), got {path} ({reason}). Put a whole copy back, "
-        "or start a new run in another --run_dir (the epsilon of this one stays spent)."
-    )
+            if archive.testzip() is not None:
+                return "a part of it was changed"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return None
+    except OSError:
+        raise
+    except Exception:  # whatever unzipping and unpickling make of a file that is none
+        return "not readable as one"
 
 
 class PrivateCheckpoint(Checkpoint):
