@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-PATIENCE_S = 120.0
+PATIENCE_S = 280.0
 
 
 @dataclass(frozen=True)
