@@ -20,7 +20,7 @@ from lightning_dp.accounting.events import (
 )
 from lightning_dp.accounting.filters import PrivacyFilter, joined, make_filter, scaled, without_non_private
 from lightning_dp.accounting.search import largest_count, smallest_noise
-from lightning_dp.errors import LedgerError
+from lightning_dp.errors import ConfigurationError, LedgerError
 
 FORMAT = 1
 KIND = "dataset budget"
@@ -129,7 +129,7 @@ class BudgetState:
         terms: What the first run fixed.
         path: The file, for messages.
         runs: Reservations by run, those given back left out.
-        is_fixed_list: Whether all of them were reserved together, before any release.
+        is_fixed_list: Whether all of them were reserved together, before any release, and none was given back after one.
     """
 
     terms: BudgetTerms
@@ -148,10 +148,28 @@ class BudgetState:
         return not without_non_private(self.counts)
 
     @property
+    def has_released(self) -> bool:
+        """Whether any run has noted a release."""
+        return any(charge.writers for charge in self.runs.values())
+
+    @property
     def spent(self) -> float:
         """Share of the budget that is reserved, by its rule; above 1 for one list that an accountant let through."""
         rule = self.terms.filter
-        return rule.total(without_non_private(self.counts), parse_relation(self.terms.relation)) / rule.limit
+        try:
+            total = rule.total(without_non_private(self.counts), parse_relation(self.terms.relation))
+        except ConfigurationError:  # the rule has no price for that list, and admits nothing beside it
+            return math.inf
+        return total / rule.limit
+
+    @property
+    def is_indivisible(self) -> bool:
+        """Whether a run that has released nothing stays charged all the same.
+
+        An accountant let a list through that the rule would not hold, and some of it is released: what of the rest is
+        made may now be chosen in view of that, and the list's epsilon speaks of all of it.
+        """
+        return self.has_released and self.spent > 1.0
 
     def shortage(self, asked: Sequence[Counts]) -> Shortage | None:
         """Return why releases do not fit into what is left; None if they do.
@@ -293,6 +311,10 @@ def _apply(state: BudgetState, line: Mapping[str, Any]) -> None:
     elif line["kind"] == "return":
         if state.runs[line["run"]].writers:
             raise ValueError("a run with releases was given back")
+        if state.is_indivisible:
+            raise ValueError("a part of a list was given back that was admitted as a whole")
+        # Fewer runs than were planned, in view of what was released: their composition is an odometer's, and no bound.
+        state.is_fixed_list = state.is_fixed_list and not state.has_released
         del state.runs[line["run"]]
     else:
         raise ValueError(f"unknown kind {line['kind']!r}")

@@ -183,6 +183,7 @@ class DatasetBudget:
 
         Raises:
             ConfigurationError: Something was released, so its plan stays charged.
+            LedgerError: It stays charged with others that were admitted as one list, some of which have released.
         """
         with self._file.locked() as file:
             charge = self._charge(file, run)
@@ -192,6 +193,11 @@ class DatasetBudget:
                 raise ConfigurationError(
                     f"Run {charge.name!r} has made {max(len(ledger), sum(charge.writers.values()))} releases, so its "
                     "whole plan stays charged: a claim states the plan, whatever made the run stop."
+                )
+            if state_of(file.lines, self._file.path).is_indivisible:
+                raise LedgerError(
+                    f"Run {charge.name!r} was admitted as part of one list, whose epsilon speaks of all of it, and others "
+                    "of the list have released: it stays charged. It may still be made."
                 )
             file.append({"kind": "return", "run": run})
 

@@ -277,6 +277,46 @@ class TestGivingBack:
         with self.ledger(tmp_path, folder="again") as ledger, pytest.raises(ConfigurationError, match="stays charged"):
             budget.give_back("a", ledger)
 
+    def give_back_after_one_of(self, budget, tmp_path, names):
+        with self.ledger(tmp_path, run="a", folder="a") as ledger:
+            ledger.append(*next(iter(budget.state().counts)))
+            budget.note("a", ledger)
+        for name in names:
+            with self.ledger(tmp_path, run=name, folder=name) as ledger:
+                budget.give_back(name, ledger)
+
+    def test_a_list_cut_short_in_view_of_releases_is_no_list(self, budget, tmp_path):
+        """Sixty runs were planned; whoever stops where the loss is largest may not claim the runs made alone."""
+        names = [f"r{i}" for i in range(59)]
+        reserve(budget, *(request(name, 1) for name in ["a", *names]), epsilon=5.0)
+        assert budget.state().claim().epsilon == pytest.approx(room_for(60), rel=1e-6)
+        self.give_back_after_one_of(budget, tmp_path, names)
+        state = budget.state()
+        assert state.counts == {(gaussian(), FULL): 1}
+        assert not state.is_fixed_list
+        assert state.claim().epsilon == 5.0
+
+    def test_a_list_given_back_before_any_release_was_never_there(self, budget, tmp_path):
+        reserve(budget, request("a", 1), request("b", 1))
+        with self.ledger(tmp_path, run="b") as ledger:
+            budget.give_back("b", ledger)
+        assert budget.state().claim().epsilon == pytest.approx(room_for(1), rel=1e-6)
+
+    def test_a_list_that_only_an_accountant_lets_through_stays_whole(self, budget, tmp_path):
+        runs = [request(name, 2000, gaussian(1.0), POISSON) for name in "ab"]
+        counts = {(gaussian(1.0), POISSON): 4000}
+        reserve(budget, *runs, epsilon=compute_epsilon(counts, delta=DELTA, relation="replace_one").epsilon)
+        with pytest.raises(LedgerError, match="admitted as part of one list"):
+            self.give_back_after_one_of(budget, tmp_path, ["b"])
+        assert budget.state().counts == counts
+
+    def test_a_first_list_without_a_price_by_the_rule_fills_the_budget(self, budget):
+        run = request("a", 20, gaussian(1.0), POISSON)
+        reserve(budget, run, epsilon=3.0, rule="gaussian")
+        assert budget.state().spent == math.inf
+        with pytest.raises(ConfigurationError, match="has no price"):
+            reserve(budget, request("b", 1))
+
     def test_another_runs_ledger_shows_nothing(self, budget, tmp_path):
         reserve(budget, request("a"))
         with self.ledger(tmp_path, run="b") as ledger, pytest.raises(ConfigurationError, match="ledger of run a"):
