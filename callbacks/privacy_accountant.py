@@ -88,17 +88,20 @@ class PrivacyAccountant(pl.Callback):
             ranks: The processes of the run.
 
         Raises:
-            ConfigurationError: The existing ledger is of another run.
+            ConfigurationError: The existing ledger is of another run, or process 0 was started with other settings.
         """
         self.budget, self._next, self._ranks = budget, next_release, ranks
 
         def opened() -> dict[str, Any]:
             self._open(header)
-            return self.ledger.state_dict()
+            return {"header": header, "ledger": self.ledger.state_dict()}
 
-        state = ranks.first(opened)
-        if ranks.rank > 0:
-            self._ledger = PrivacyLedger.from_state_dict(state)
+        told = ranks.first(opened)
+        # The claim is made of process 0's header: one with another partition, or with known coins, would void it.
+        with ranks.together(0, "the settings of the run"):
+            if ranks.rank > 0:
+                self._ledger = PrivacyLedger.from_state_dict(told["ledger"])
+                _check_same_settings(header, told["header"], ranks)
 
     def _open(self, header: dict[str, Any]) -> None:
         """Open the file of the ledger, or a ledger in memory."""
@@ -114,9 +117,7 @@ class PrivacyAccountant(pl.Callback):
             # Another plan may be carried out; the first one stays in the ledger, and the claim says what became of it.
             if found != value and name != "planned":
                 self._ledger.close()
-                if isinstance(found, dict) and isinstance(value, dict):  # name what differs, not all that agrees
-                    key = next(key for key in (*value, *found) if value.get(key, ...) != found.get(key, ...))
-                    name, found, value = f"{name}.{key}", found.get(key), value.get(key)
+                name, found, value = _difference(name, found, value)
                 raise ConfigurationError(
                     f"The ledger {self.ledger_path} was opened with {name}={found!r}, now {name}={value!r}. "
                     "Resume with the settings of the run, or start a new run in another --run_dir."
@@ -300,3 +301,22 @@ class PrivacyAccountant(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._close()
+
+
+def _check_same_settings(own: dict[str, Any], first: dict[str, Any], ranks: Ranks) -> None:
+    """Refuse a process whose header is not that of process 0."""
+    for key in (*own, *first):
+        if own.get(key) != first.get(key):
+            name, found, value = _difference(key, first.get(key), own.get(key))
+            raise ConfigurationError(
+                f"Process {ranks.rank} of {ranks.size} was started with {name}={value!r}, process 0 with {found!r}. "
+                "Start all processes of a run with the same settings."
+            )
+
+
+def _difference(name: str, found: Any, value: Any) -> tuple[str, Any, Any]:
+    """Return what differs between two values, not all that agrees."""
+    if not (isinstance(found, dict) and isinstance(value, dict)):
+        return name, found, value
+    key = next(key for key in (*value, *found) if value.get(key, ...) != found.get(key, ...))
+    return f"{name}.{key}", found.get(key), value.get(key)
