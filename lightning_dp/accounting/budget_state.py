@@ -129,7 +129,7 @@ class BudgetState:
         terms: What the first run fixed.
         path: The file, for messages.
         runs: Reservations by run, those given back left out.
-        is_fixed_list: Whether all of them were reserved together, before any release, and none was given back after one.
+        is_fixed_list: Whether all of them were reserved together, before any release, and none given back after one.
     """
 
     terms: BudgetTerms

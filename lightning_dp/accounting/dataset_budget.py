@@ -196,8 +196,8 @@ class DatasetBudget:
                 )
             if state_of(file.lines, self._file.path).is_indivisible:
                 raise LedgerError(
-                    f"Run {charge.name!r} was admitted as part of one list, whose epsilon speaks of all of it, and others "
-                    "of the list have released: it stays charged. It may still be made."
+                    f"Run {charge.name!r} was admitted as part of one list, whose epsilon speaks of all of it, and "
+                    "others of the list have released: it stays charged. It may still be made."
                 )
             file.append({"kind": "return", "run": run})
 
