@@ -35,6 +35,9 @@ class Pair:
     right: World
     absent: World
 
+    def __len__(self) -> int:
+        return sum(len(chunk.teacher_ids) for chunk in (*self.left, *self.right))
+
 
 @dataclass(frozen=True)
 class _Row:

@@ -16,6 +16,7 @@ FINDS = (
 MISSES = "wrong noise; canaries that are not on its list; what a method does to a record before it becomes a row"
 
 _SEED = 20_261_128
+_TIE = 1e-6  # the margin that clipping keeps
 _TOLERANCE = 1e-7  # float64 sums of rows of 400 bounds
 
 
@@ -51,13 +52,17 @@ def compare(door: Door, pair: Pair) -> tuple[float, Heard, Heard]:
 
 
 def worst_pair(door: Door) -> tuple[Worst, dict[str, float]]:
-    """Return the worst pair of neighbours on the list, and how far each moved the value."""
+    """Return the worst pair of neighbours on the list, and how far each moved the value.
+
+    Of pairs that are about as bad, the one with the fewest rows, which is quickly released again.
+    """
     worst: Worst | None = None
     shifts: dict[str, float] = {}
     for pair in neighbouring_pairs(door):
         shift, left, right = compare(door, pair)
         shifts[pair.name] = shift
-        if worst is None or shift > worst.shift:
+        is_smaller = worst is not None and shift > worst.shift * (1 - _TIE) and len(pair) < len(worst.pair)
+        if worst is None or shift > worst.shift * (1 + _TIE) or is_smaller:
             worst = Worst(pair, shift, left, right)
     assert worst is not None  # every relation with a proof has a change, and the lists of canaries are fixed
     return worst, shifts
@@ -71,9 +76,10 @@ def audit_sensitivity(door: Door, *, delta: float = 1e-5) -> AuditResult:
         delta: Of the claim.
     """
     worst, shifts = worst_pair(door)
+    largest = max(shifts.values())
     limit, std = door.sensitivity, door.mechanism.noise_std(door.plan)
     leaks = _leaks_past_noise(door, worst.pair)
-    ratio = worst.shift / limit
+    ratio = largest / limit
     is_broken = ratio > 1 + _TOLERANCE or leaks
     claimed = door.epsilon(delta)
     summary = f"{worst.pair.name} moved the value by {worst.shift:.6g}; {limit:.6g} is charged"
@@ -96,7 +102,7 @@ def audit_sensitivity(door: Door, *, delta: float = 1e-5) -> AuditResult:
         summary=summary,
         finds=FINDS,
         misses=MISSES,
-        measured={"largest_shift": worst.shift, "sensitivity": limit, "ratio": ratio, "pairs": float(len(shifts))},
+        measured={"largest_shift": largest, "sensitivity": limit, "ratio": ratio, "pairs": float(len(shifts))},
         plot=Plot(
             x_label="pairs of neighbours",
             y_label="shift / sensitivity",

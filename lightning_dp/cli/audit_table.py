@@ -2,7 +2,7 @@
 
 import datetime
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ _HEADER = (
     "whole method",
     "audits",
     "verdict",
+    "date",
 )
 
 _logger = logging.getLogger(__name__)
@@ -59,33 +60,52 @@ def write_table(configs: Path, out: Path, *, calls: int, only: str | None, confi
         configs: Folder of configurations of whole runs.
         out: File with both markers; one that is missing is made.
         calls: Releases of each world of the two-world test.
-        only: Only configurations whose name holds this.
+        only: Only configurations whose name holds this; rows of others stay as they are.
         confidence: Of the lower bounds.
         delta: Of the claims.
 
     Raises:
         ConfigurationError: The file has no markers.
     """
-    from lightning_dp.auditing.result import Verdict, worst_verdict
+    from lightning_dp.auditing.result import AuditResult, Verdict, worst_verdict
 
     old = out.read_text(encoding="utf-8") if out.exists() else f"{START}\n{END}\n"
     if START not in old or END not in old:
         raise ConfigurationError(f"Expected the markers {START} and {END} in {out}; add them where the table belongs.")
-    rows = list(_rows(configs, calls=calls, only=only, confidence=confidence, delta=delta))
+    before, rest = old.split(START, 1)
+    inside, after = rest.split(END, 1)
+    kept = _known_rows(inside) if only is not None else {}
+    results: list[AuditResult] = []
+    number = 0
+    for row in _rows(configs, calls=calls, only=only, confidence=confidence, delta=delta):
+        number += 1
+        results += row.results
+        kept[row.cells[:3]] = row.cells
+        # After each pair: the whole table takes an hour, and what was measured should survive an interruption.
+        table = _table_text(kept.values(), delta=delta, calls=calls)
+        out.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+    found = worst_verdict(results)
+    print(f"{number} pairs audited, verdict: {found}; table in {out}")
+    return 1 if found is Verdict.VIOLATED else 0
+
+
+def _known_rows(table: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return the rows of a table that was written before, by method, mechanism and relation."""
+    lines = [line.strip().strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    cells = [tuple(cell.strip() for cell in line) for line in lines]
+    return {row[:3]: row for row in cells if len(row) == len(_HEADER) and row != _HEADER}
+
+
+def _table_text(rows: "Iterable[tuple[str, ...]]", *, delta: float, calls: int) -> str:
     lines = [
-        f"Measured on {datetime.date.today().isoformat()} by `{COMMAND}`: noise multiplier {_NOISE_MULTIPLIER:g}, "
-        f"delta {delta:g}, one release (whole method: {_STEPS}), {calls} trials of each world.",
+        f"By `{COMMAND}`: noise multiplier {_NOISE_MULTIPLIER:g}, delta {delta:g}, one release (whole method: "
+        f"{_STEPS}), {calls} trials of each world where a release is no wider than {_LARGEST_RELEASE:,} numbers, else fewer.",
         "",
         f"| {' | '.join(_HEADER)} |",
         f"|{'---|' * len(_HEADER)}",
-        *(f"| {' | '.join(row.cells)} |" for row in rows),
+        *(f"| {' | '.join(row)} |" for row in sorted(rows)),
     ]
-    before, rest = old.split(START, 1)
-    after = rest.split(END, 1)[1]
-    out.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
-    found = worst_verdict([result for row in rows for result in row.results])
-    print(f"{len(rows)} pairs audited, verdict: {found}; table in {out}")
-    return 1 if found is Verdict.VIOLATED else 0
+    return "\n".join(lines)
 
 
 def _rows(configs: Path, *, calls: int, only: str | None, confidence: float, delta: float) -> Iterator[TableRow]:
@@ -145,6 +165,7 @@ def audit_pair(
             "—" if method is None else f"{method.measured['ratio']:.3f} of the bound, {_rows_text(method)}",
             ", ".join(named),
             _verdict_text(results),
+            datetime.date.today().isoformat(),
         ),
         results=tuple(results),
     )
