@@ -1,11 +1,14 @@
 """``lightning-dp audit --table``: every pair of a method and a mechanism, proved from above and audited from below."""
 
+import copy
 import datetime
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import yaml
 
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_dp.auditing.door import Door
     from lightning_dp.auditing.method import MethodRun
     from lightning_dp.auditing.result import AuditResult
+    from lightning_dp.mechanisms.base import Mechanism
 
 DEFAULT_FILE = "docs/guarantees.md"
 START, END = "<!-- audited pairs: begin -->", "<!-- audited pairs: end -->"
@@ -20,8 +24,7 @@ COMMAND = "lightning-dp audit --table"
 
 _STEPS = 3
 _NOISE_MULTIPLIER = 1.0
-_LARGEST_RELEASE = 20_000  # numbers; a wider release gets fewer trials
-_LEAST_CALLS = 200
+_AUDITS = ("protocol", "sensitivity", "noise", "noise hygiene", "directions")
 _PREFERRED = ("add_or_remove_one", "replace_one", "replace_special")
 _HEADER = (
     "method",
@@ -98,8 +101,9 @@ def _known_rows(table: str) -> dict[tuple[str, ...], tuple[str, ...]]:
 
 def _table_text(rows: "Iterable[tuple[str, ...]]", *, delta: float, calls: int) -> str:
     lines = [
-        f"By `{COMMAND}`: noise multiplier {_NOISE_MULTIPLIER:g}, delta {delta:g}, one release (whole method: "
-        f"{_STEPS}), {calls} trials of each world where a release is no wider than {_LARGEST_RELEASE:,} numbers, else fewer.",
+        f"By `{COMMAND}`, for a small version of each configuration (at most a hundred embedded digits, small "
+        f"networks): noise multiplier {_NOISE_MULTIPLIER:g}, delta {delta:g}, one release (whole method: {_STEPS}), "
+        f"{calls} trials of each world.",
         "",
         f"| {' | '.join(_HEADER)} |",
         f"|{'---|' * len(_HEADER)}",
@@ -109,61 +113,90 @@ def _table_text(rows: "Iterable[tuple[str, ...]]", *, delta: float, calls: int) 
 
 
 def _rows(configs: Path, *, calls: int, only: str | None, confidence: float, delta: float) -> Iterator[TableRow]:
-    """Yield one row for each method and mechanism that run together, under the first relation with a proof."""
-    from lightning_dp.benchmark.matrix import merged_methods
-    from lightning_dp.cli.matrix import all_pairs
+    """Yield one row for each method and mechanism that run together, under the first relation with a proof.
 
-    for names, pairs in merged_methods(all_pairs(configs)).items():
-        if only is not None and only not in names:
-            continue
-        config = configs / f"{names.split(', ')[0]}.yaml"
-        for pair in pairs:
-            relation = next((name for name in _PREFERRED if name in pair.levels), None)
+    Each method is planned once, small; a pair is judged, and audited, as that plan stands.
+    """
+    from lightning_dp.benchmark.matrix import judge_pair
+    from lightning_dp.cli.audit import small_run
+    from lightning_dp.cli.matrix import _own_mechanism, _variants
+    from lightning_dp.cli.messages import subclass_names
+    from lightning_dp.mechanisms.base import Mechanism
+
+    paths = sorted(configs.glob("*.yaml"))
+    known = {path: _own_mechanism(path) for path in paths}
+    for path in _one_of_each(paths, only):
+        run = small_run(path, "--privacy.target_delta", str(delta), steps=_STEPS)()
+        for name in subclass_names(Mechanism):
+            variants = list(_variants(name, known[path], iter(known.values())))
+            pair = judge_pair(path.stem, run.module, run.data, variants)
+            relation = next((one for one in _PREFERRED if one in pair.levels), None)
             if relation is None or str(pair.levels[relation]) == "NONPRIVATE":
                 continue
-            _logger.info(f"{pair.module} with {pair.mechanism}, {relation} ({config.stem})")
+            _logger.info(f"{pair.module} with {pair.mechanism}, {relation} ({path.stem})")
             yield audit_pair(
-                config,
-                pair.mechanism,
-                relation,
+                path.stem,
+                replace(run, privacy=replace(run.privacy, neighboring_relation=relation)),
+                variants,
                 level=str(pair.levels[relation]),
                 calls=calls,
                 confidence=confidence,
-                delta=delta,
             )
 
 
+def _one_of_each(paths: Sequence[Path], only: str | None) -> list[Path]:
+    """Return the first configuration of each method, teachers of another kind and secret judges being another one."""
+    found: dict[tuple[object, ...], Path] = {}
+    for path in paths:
+        if only is not None and only not in path.stem:
+            continue
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        options = model.get("init_args", {})
+        teachers = (options.get("teachers") or {}).get("class_path")
+        found.setdefault((model["class_path"], teachers, "expected_judges" in options), path)
+    return list(found.values())
+
+
 def audit_pair(
-    config: Path, mechanism: str, relation: str, *, level: str, calls: int, confidence: float, delta: float
+    name: str, run: "MethodRun", variants: "Sequence[Mechanism]", *, level: str, calls: int, confidence: float
 ) -> TableRow:
-    """Audit one pair: the mechanism on the rows of the configuration as it stands, and a small version of the method.
+    """Audit one pair: the mechanism on rows as the method states them, and the method.
 
     Args:
-        config: Configuration of the method.
-        mechanism: Class name.
-        relation: Neighbouring relation.
+        name: Of the configuration.
+        run: Module, data and privacy.
+        variants: The mechanism with different options; the first that has a proof is audited.
         level: Claim level of the pair.
         calls: See `write_table`.
         confidence: See `write_table`.
-        delta: See `write_table`.
     """
-    door, sampling, run = _whole_door(config, mechanism, relation, delta)
-    results = [*_mechanism_results(door, sampling, calls, confidence, delta)]
-    results.append(_method_result(config, run, relation, delta))
-    named = {result.audit: result for result in results}
-    worlds, method = named["two worlds"], named.get("method")
-    claimed = worlds.claimed_epsilon
+    from lightning_dp.auditing.method import audit_method
+    from lightning_dp.auditing.suite import audit_mechanism
+    from lightning_dp.auditing.two_worlds import audit_two_worlds
+
+    door, delta = _first_door(run, variants), run.privacy.target_delta
+    results = audit_mechanism(door, calls=calls, confidence=confidence, delta=delta, only=_AUDITS)
+    worlds = audit_two_worlds(door, calls=calls, sampling=run.module.sampling, confidence=confidence, delta=delta)
+
+    def make_run() -> "MethodRun":
+        # The records are the same; what changes them puts new ones in their place.
+        return replace(
+            run, module=copy.deepcopy(run.module), data=copy.copy(run.data), mechanism=copy.copy(door.mechanism)
+        )
+
+    method = audit_method(make_run, steps=_STEPS)
+    results = [*results, worlds, method]
     return TableRow(
         cells=(
-            f"{type(run.module).__name__} (`{config.stem}`)",
-            mechanism,
-            relation,
+            f"{type(run.module).__name__} (`{name}`)",
+            type(door.mechanism).__name__,
+            run.privacy.neighboring_relation,
             level,
-            f"{claimed:.3f}",
+            f"{worlds.claimed_epsilon:.3f}",
             f"{worlds.lower_bound:.3f} ({confidence:.0%})",
             f"{worlds.measured['epsilon_any_mechanism']:.3f}",
-            "—" if method is None else f"{method.measured['ratio']:.3f} of the bound, {_rows_text(method)}",
-            ", ".join(named),
+            f"{method.measured['ratio']:.3f} of the bound, {_rows_text(method)}",
+            ", ".join(result.audit for result in results),
             _verdict_text(results),
             datetime.date.today().isoformat(),
         ),
@@ -179,69 +212,22 @@ def _rows_text(method: "AuditResult") -> str:
 def _verdict_text(results: "Sequence[AuditResult]") -> str:
     from lightning_dp.auditing.result import worst_verdict
 
-    found = worst_verdict(results)
     doubtful = [result.audit for result in results if str(result.verdict) != "consistent"]
-    return str(found) + (f" ({', '.join(doubtful)})" if doubtful else "")
+    return str(worst_verdict(results)) + (f" ({', '.join(doubtful)})" if doubtful else "")
 
 
-def _flags(mechanism: str, relation: str, delta: float) -> tuple[str, ...]:
-    return (
-        *("--privacy.neighboring_relation", relation, "--privacy.target_epsilon", "null"),
-        *("--privacy.noise_multiplier", str(_NOISE_MULTIPLIER), "--privacy.target_delta", str(delta)),
-    )
-
-
-def _whole_door(config: Path, mechanism: str, relation: str, delta: float) -> "tuple[Door, Any, MethodRun]":
-    """Return the door of a configuration as it stands, how records enter it, and the module with its mechanism."""
-    from lightning_dp.accounting.events import parse_relation
+def _first_door(run: "MethodRun", variants: "Sequence[Mechanism]") -> "Door":
+    """Return the door of the first mechanism that has a proof."""
     from lightning_dp.auditing.door import Door
-    from lightning_dp.auditing.method import MethodRun
-    from lightning_dp.cli.matrix import _own_mechanism, _variants
-    from lightning_dp.cli.planning import plan_cli
     from lightning_dp.mechanisms.base import ReleasePlan
 
-    others = [_own_mechanism(path) for path in sorted(config.parent.glob("*.yaml"))]
-    cli = plan_cli(config, *_flags(mechanism, relation, delta), "--trainer.max_steps", "1")
-    spec = cli.model.contribution_spec()
-    for variant in _variants(mechanism, _own_mechanism(config), iter(others)):
+    spec = run.module.contribution_spec()
+    for mechanism in variants:
         try:
-            variant.check(spec)
-            plan = ReleasePlan(spec=spec, relation=parse_relation(relation), noise_multiplier=_NOISE_MULTIPLIER)
-            variant.step_event(plan)
+            mechanism.check(spec)
+            plan = ReleasePlan(spec=spec, relation=run.privacy.relation, noise_multiplier=_NOISE_MULTIPLIER)
+            mechanism.step_event(plan)
         except ConfigurationError:
             continue
-        door = Door(mechanism=variant, plan=plan)
-        run = MethodRun(
-            module=cli.model, data=cli.datamodule, mechanism=variant, privacy=cli.privatizer.accountant.privacy
-        )
-        return door, cli.model.sampling, run
-    raise PrivacyProtocolError(f"{mechanism} runs with {config.stem} by the matrix, but not here.")
-
-
-def _mechanism_results(
-    door: "Door", sampling: Any, calls: int, confidence: float, delta: float
-) -> "Iterator[AuditResult]":
-    """Yield the audits of a mechanism that a release of this size allows."""
-    from lightning_dp.auditing.suite import audit_mechanism
-    from lightning_dp.auditing.two_worlds import audit_two_worlds
-
-    size = door.shape[0] * door.mechanism.encoded_dim(door.plan.spec)
-    if size > _LARGEST_RELEASE:
-        calls = max(_LEAST_CALLS, calls * _LARGEST_RELEASE // size)
-    names = ("protocol", "sensitivity", "noise", "noise hygiene", "directions")
-    yield from audit_mechanism(door, calls=min(calls, 500), confidence=confidence, delta=delta, only=names)
-    yield audit_two_worlds(door, calls=calls, sampling=sampling, confidence=confidence, delta=delta)
-
-
-def _method_result(config: Path, run: "MethodRun", relation: str, delta: float) -> "AuditResult":
-    """Return the audit of a small version of the method with the same mechanism and options."""
-    from lightning_dp.auditing.method import audit_method
-    from lightning_dp.cli.audit import small_run
-
-    # Teachers under zero-out are played out as replace-one, which moves as much or more.
-    make = small_run(config, *_flags(type(run.mechanism).__name__, relation, delta), steps=_STEPS)
-
-    def make_run() -> "MethodRun":
-        return replace(make(), mechanism=run.mechanism)
-
-    return audit_method(make_run, steps=_STEPS)
+        return Door(mechanism=mechanism, plan=plan)
+    raise PrivacyProtocolError("A pair runs by the matrix, but not here.")
