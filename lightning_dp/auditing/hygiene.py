@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from lightning_dp.auditing.door import Door, Heard, NoiseLawOf
-from lightning_dp.auditing.result import AuditResult, Plot, judge
+from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Plot, judge
 
 FINDS = (
     "seeds that come again (each step, each layer, each start of a process), draws in single or half precision, whose "
@@ -61,7 +61,7 @@ def audit_hygiene(
         audit="noise hygiene",
         subject=str(door),
         lower_bound=None,
-        confidence=0.9999,
+        confidence=ALARM_CONFIDENCE,
         claimed_epsilon=None,
         delta=0.0,
         verdict=judge(

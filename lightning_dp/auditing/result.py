@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-ALARM_CONFIDENCE = 0.9999
-"""A violation is said at this confidence only, so that right mechanisms raise an alarm once in ten thousand audits."""
+ALARM_CONFIDENCE = 0.99999
+"""A violation is said at this confidence only: right mechanisms raise an alarm once in a hundred thousand audits."""
 
 
 class Verdict(StrEnum):

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_dp.auditing.result import AuditResult, Line, Plot, judge
+from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Line, Plot, judge
 
 FINDS = (
     "batches of fixed size, shuffled passes, dropped last batches, caps, skipped empty batches, one mask on two ranks, "
@@ -112,7 +112,7 @@ def audit_sampler(
         audit="sampler",
         subject=f"Poisson sampling of {num_records} records at rate {rate:g}, {steps} steps",
         lower_bound=None,
-        confidence=0.9999,
+        confidence=ALARM_CONFIDENCE,
         claimed_epsilon=None,
         delta=0.0,
         verdict=judge(is_alarm=abs(worst) > _ALARM, is_doubt=abs(worst) > _DOUBT),

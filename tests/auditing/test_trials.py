@@ -49,7 +49,7 @@ def test_the_right_mechanism():
 
 def test_half_the_noise():
     """Row "noise / W, W = 4": std .515, C 1.74 / 8.45 / 3.09, D 3.86 / 8.68."""
-    noise, worlds, one = audit_noise(half()), audit_two_worlds(half()), audit_one_run(half(), canaries=2000)
+    noise, worlds, one = audit_noise(half()), audit_two_worlds(half()), audit_one_run(half(), canaries=1000)
     assert 0.49 < noise.measured["std"] < 0.51
     assert 1.4 < worlds.measured["mu"] < 2.1
     assert worlds.lower_bound > CLAIMED
@@ -81,7 +81,7 @@ def test_trajectories():
 
 
 def test_short_trajectories_of_the_right_one():
-    found = audit_trajectory(door(), steps=10, canaries=500)
+    found = audit_trajectory(door(), steps=5, canaries=300)
     assert found.verdict is not Verdict.VIOLATED
     assert found.lower_bound < found.claimed_epsilon
 

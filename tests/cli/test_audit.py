@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dp.auditing.plots import audit_plot
 from lightning_dp.auditing.result import AuditResult, Line, Plot, Verdict
+from lightning_dp.cli.audit_table import END, START, _known_rows, _one_of_each, _table_text
 from tests.cli.runs import TINY, read_json
+from tests.policy.sources import ROOT
 
 
 def test_a_mechanism(cli, tmp_path):
@@ -131,3 +133,37 @@ def test_plots_of_single_and_constant_values():
     words = {"audit": "a", "subject": "s", "summary": "m", "finds": "f", "misses": "m"}
     result = AuditResult(**facts, **words, verdict=Verdict.CONSISTENT, plot=plot)
     assert audit_plot(result).startswith(b"\x89PNG")
+
+
+class TestTable:
+    """`audit --table` rewrites what stands between the markers, and keeps what it did not measure again."""
+
+    def test_rows_are_read_back(self):
+        rows = {(f"method {n}", "Gaussian", "replace_one", *"abcdefg", "2026-01-01") for n in range(3)}
+        text = _table_text(rows, delta=1e-5, calls=16)
+        assert set(_known_rows(text).values()) == rows
+
+    def test_a_file_without_markers_is_refused(self, cli, tmp_path):
+        (tmp_path / "page.md").write_text("words\n")
+        error = cli("audit", "--table", "--configs", tmp_path, "--out", tmp_path / "page.md").error()
+        assert "Expected the markers" in error
+
+    def test_one_configuration_of_each_method(self):
+        paths = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
+        chosen = {path.stem for path in _one_of_each(paths, None)}
+        assert {"datalens_fashion_mnist", "datalens_mnist_cpu", "dpsgd_mnist", "gswgan_mnist"} <= chosen
+        assert "datalens_mnist" not in chosen  # the same method with the same kind of teachers
+        assert [path.stem for path in _one_of_each(paths, "dpsgd")] == ["dpsgd_mnist"]
+
+    @pytest.mark.slow
+    def test_a_pair_is_measured_and_others_are_kept(self, cli, tmp_path):
+        out = tmp_path / "page.md"
+        old = "| old | Gaussian | replace_one | a | b | c | d | e | f | g | 2026-01-01 |"
+        out.write_text(f"before\n{START}\n{old}\n{END}\nafter\n")
+        done = cli("audit", "--table", "--only", "moments_mnist", "--calls", "50", "--out", out)
+        assert done.code == 0, done.out
+        text = out.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert old in text
+        assert "| MomentsModule (`moments_mnist`) | Gaussian | add_or_remove_one | PROVED | 4.377 |" in text

@@ -1,10 +1,14 @@
 """Small doors that the audits and their broken twins share."""
 
+import itertools
+from dataclasses import replace
+
 from dp_accounting import NeighboringRelation
 
 from lightning_dp.auditing.door import Door
 from lightning_dp.mechanisms.base import ContributionSpec, Mechanism, ReleasePlan
 from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.mechanisms.noise import NoiseSource
 
 ADD_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE = NeighboringRelation.REPLACE_ONE
@@ -16,6 +20,12 @@ CLASS_WISE = ContributionSpec.class_wise_teachers(
 )
 STATISTICS = ContributionSpec.statistics(num_cells=4, vector_dim=16, rows_never_oppose=True)
 JOINT = ContributionSpec.joint(num_vectors=4, vector_dim=16)
+
+
+def repeatable(made: Door) -> Door:
+    """The same door with noise that is another at every opening, and the same in every run of the tests."""
+    openings = itertools.count()
+    return replace(made, make_noise=lambda seed: NoiseSource(insecure_seed=next(openings) if seed is None else seed))
 
 
 def door(
