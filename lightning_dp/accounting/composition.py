@@ -48,6 +48,9 @@ RDP_ORDERS: tuple[float, ...] = tuple(float(order) for order in RdpAccountant().
 _FULL = Sampling(scheme="full")
 _MIN_PLD_NOISE_MULTIPLIER = 0.1  # below it a PLD grid takes gigabytes
 _MIN_PLD_DELTA = 1e-12  # below it PLD's tail truncation answers infinity
+_PLD_ROUNDING = (
+    2.0**-50
+)  # of delta, for each composition: over twenty times what tilted transforms show (docs/decisions.md)
 _MAX_PLD_EPSILON = 100.0  # beyond it the grid grows and the number means nothing
 _GUARD_ORDERS = (2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
 _INTERVAL = 1e-4  # of the grid of a PLD
@@ -298,6 +301,8 @@ def _pld_refusal(terms: Terms, delta: float, relation: NeighboringRelation) -> s
     """Return why no privacy loss distribution is built, or None."""
     if delta < _MIN_PLD_DELTA:
         return f"delta={delta:g} is below its floor of {_MIN_PLD_DELTA:g}"
+    if _pld_rounding(terms) > delta / 2:
+        return f"delta={delta:g} is within the rounding of its transforms"
     for event, sampling, count in terms:
         if not isinstance(event, GaussianRelease):
             return f"no privacy loss distribution of {event}"
@@ -329,7 +334,12 @@ def _pld(terms: Terms, delta: float, relation: NeighboringRelation, *, is_rough:
         composed = part if composed is None else composed.compose(part)
     assert composed is not None  # `compose` answers for no terms
     notes = _ternary_as_gaussian(event for event, _, _ in terms)
-    return EpsilonResult(float(composed.get_epsilon_for_delta(delta)), "pld", notes)
+    return EpsilonResult(float(composed.get_epsilon_for_delta(delta - _pld_rounding(terms))), "pld", notes)
+
+
+def _pld_rounding(terms: Terms) -> float:
+    """Return what rounding may hide of the delta of composed distributions; taken off the stated one."""
+    return _PLD_ROUNDING * sum(count for _, sampling, count in terms if sampling != _FULL)
 
 
 def _pld_factor(relation: NeighboringRelation) -> float:

@@ -494,7 +494,8 @@ def test_distributions_are_composed_as_dp_accounting_composes_them(relation):
         if sampling.rate < 1:
             theirs = dp_accounting.PoissonSampledDpEvent(sampling.rate, theirs)
         accountant.compose(theirs, count)
-    assert epsilon(terms, relation=relation, accountant="pld") == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9)
+    asked = DELTA - 320 * 2.0**-50  # what rounding may hide
+    assert epsilon(terms, relation=relation, accountant="pld") == pytest.approx(accountant.get_epsilon(asked), rel=1e-9)
 
 
 @pytest.mark.parametrize(("rate", "noise", "count"), [(0.032, 0.65, 300), (0.01, 1.1, 3000), (0.2, 4.0, 500)])
