@@ -195,7 +195,11 @@ def compare(name: str, batch: int, *, processes: int, seconds: float) -> dict[st
 def run(*, quick: bool) -> Table:
     """Return the table of all networks."""
     processes, seconds = (1, 1.0) if quick else (2, SECONDS_PER_PROCESS)
-    lines = [compare(name, batch, processes=processes, seconds=seconds) for name, batch in NETWORKS.items()]
+    return table([compare(name, batch, processes=processes, seconds=seconds) for name, batch in NETWORKS.items()])
+
+
+def table(lines: list[dict[str, Any]]) -> Table:
+    """Return lines of `compare` as a table."""
     return Table(
         name="dpsgd",
         title="A step of DP-SGD, samples per CPU second and the memory that steps add",
