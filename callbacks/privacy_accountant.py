@@ -55,6 +55,7 @@ class PrivacyAccountant(pl.Callback):
         self.epsilon: float | None = None
         self.epsilon_releases = 0
         self._ledger: PrivacyLedger | None = None
+        self._num_found = 0  # releases that were in the ledger before this process made any
         self._num_restored = 0
         self._next: tuple[ReleaseEvent, Sampling] | None = None
         self._ranks = ALONE
@@ -102,6 +103,7 @@ class PrivacyAccountant(pl.Callback):
             if ranks.rank > 0:
                 self._ledger = PrivacyLedger.from_state_dict(told["ledger"])
                 _check_same_settings(header, told["header"], ranks)
+        self._num_found = len(self.ledger)
 
     def _open(self, header: dict[str, Any]) -> None:
         """Open the file of the ledger, or a ledger in memory."""
@@ -237,7 +239,7 @@ class PrivacyAccountant(pl.Callback):
 
     def _say_what_is_lost(self) -> None:
         """Tell of releases that are charged and whose effect no checkpoint holds."""
-        lost = len(self.ledger) - self._num_restored
+        lost = self._num_found - self._num_restored
         if lost and not self._num_restored and lost >= self._budget.num_releases:
             raise ConfigurationError(
                 f"All {lost} planned releases of this run are spent and no checkpoint holds what they taught. "
@@ -291,6 +293,7 @@ class PrivacyAccountant(pl.Callback):
         self.ledger.merge(state_dict["ledger"])
         if self._reserved is not None:
             self._reserve()  # what the checkpoint has spent beyond the file counts here too
+        self._num_found = len(self.ledger)
         self._num_restored = sum(run["count"] for run in state_dict["ledger"]["runs"])
 
     @override

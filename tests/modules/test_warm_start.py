@@ -50,8 +50,10 @@ def learned(module):
         (tiny_dpgan, Gaussian(), "add_or_remove_one"),
     ],
 )
-def test_both_kinds_of_release_stand_in_one_ledger_within_one_budget(tmp_path, make, mechanism, relation):
+def test_both_kinds_of_release_stand_in_one_ledger_within_one_budget(tmp_path, caplog, make, mechanism, relation):
+    caplog.set_level("INFO")
     accountant = fit(tmp_path, make(), mechanism, neighboring_relation=relation, target_epsilon=3.0)
+    assert "is lost" not in caplog.text
     entries, counts = accountant.ledger.entries, accountant.ledger.counts()
     assert len(entries) == STEPS + 1
     assert entries[0].sampling.rate == 1.0
