@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -127,9 +127,10 @@ def _rows(configs: Path, *, calls: int, only: str | None, confidence: float, del
     known = {path: _own_mechanism(path) for path in paths}
     for path in _one_of_each(paths, only):
         run = small_run(path, "--privacy.target_delta", str(delta), steps=_STEPS)()
+        facts: Any = run.data
         for name in subclass_names(Mechanism):
             variants = list(_variants(name, known[path], iter(known.values())))
-            pair = judge_pair(path.stem, run.module, run.data, variants)
+            pair = judge_pair(path.stem, run.module, facts, variants)
             relation = next((one for one in _PREFERRED if one in pair.levels), None)
             if relation is None or str(pair.levels[relation]) == "NONPRIVATE":
                 continue

@@ -103,7 +103,7 @@ class MeanEmbedding:
         records = range(len(images)) if records is None else records
         if records.stop > _MAX_RECORDS:
             raise ConfigurationError(f"Expected at most {_MAX_RECORDS} records for exact sums, got {records.stop}.")
-        of_all = torch.tensor(records, dtype=torch.int64, device=images.device)
+        of_all = records.start + records.step * torch.arange(len(images), device=images.device)
         parts = zip(*(t.split(self.chunk_size) for t in (of_all, images, labels)), strict=True)
         for ids, some, classes in parts:
             rows = self.encoded(some)

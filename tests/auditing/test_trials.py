@@ -61,7 +61,6 @@ def test_half_the_noise():
 class TwiceTheRate(PoissonSampler):
     def __init__(self, num_records, rate):
         super().__init__(num_records, 2 * rate)
-        self.rate = rate  # what is charged
 
 
 @pytest.mark.slow
