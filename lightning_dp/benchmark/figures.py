@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+from PIL import Image  # matplotlib brings it
 
 from lightning_dp.benchmark.rows import Result, Row
 
@@ -109,7 +110,7 @@ def sample_sheet(results: Sequence[Result]) -> bytes | None:
     for panel, result in zip(panels, shown, strict=False):
         panel.imshow(matplotlib.image.imread(str(result.run_dir / str(result.card.sample_grid))))
         panel.set_title(_literal(_sheet_title(result)), fontsize=8)
-    return _png(figure)
+    return _png(figure, dpi=80, colours=64)  # sheets are published: megabytes otherwise
 
 
 def _has_grid(result: Result) -> bool:
@@ -138,7 +139,12 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, *, dpi: int = 120, colours: int | None = None) -> bytes:
+    """Return the figure; with a palette of so many colours, if a number is given."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": ""})
-    return buffer.getvalue()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": ""})
+    if colours is None:
+        return buffer.getvalue()
+    small = BytesIO()
+    Image.open(buffer).convert("RGB").quantize(colours).save(small, format="png", optimize=True)
+    return small.getvalue()
