@@ -117,7 +117,10 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
     """Return epsilon of a mu-GDP mechanism at delta."""
     if mu < _SMALLEST_MU:
         return 0.0
-    return math.inf if mu > _LARGEST_MU else float(get_epsilon_gaussian(1 / mu, delta))
+    if mu > _LARGEST_MU:
+        return math.inf
+    with np.errstate(divide="ignore"):  # of a delta that underflows on the way
+        return float(get_epsilon_gaussian(1 / mu, delta))
 
 
 def privacy_profile(

@@ -113,3 +113,10 @@ def test_the_std_interval_covers():
         low, high = std_interval(float((2 * stream.standard_normal(50)) ** 2 @ np.ones(50)), 50, 0.95)
         hits += low <= 2 <= high
     assert 0.92 < hits / 400 < 0.98
+
+
+def test_epsilon_of_a_small_mu():
+    found = [epsilon_of_mu(mu, 1e-5) for mu in (0.0, 1e-6, 1e-5, 1 / 9414.373661720861, 1e-3, 0.1, 1.0)]
+    assert found == sorted(found)
+    assert found[1] == 0.0
+    assert 0 < found[3] < 1e-3
