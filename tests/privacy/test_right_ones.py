@@ -53,6 +53,7 @@ def test_an_attacker_sees_no_more_than_is_claimed(right):
     assert worlds.measured["mu"] > 0.5
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_a_hundred_repetitions_without_a_false_alarm():
     """Also that doubts are as rare as the confidence says."""
