@@ -11,18 +11,13 @@ from typing import Any, Final, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adam import adam
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.mapped_state import MappedState
+from lightning_dp.gradients.adam_stacks import AdamStacks
+from lightning_dp.gradients.chunk_sizes import CPU_CHUNKS, ChunkSizes
+from lightning_dp.gradients.mapped_state import MappedState, read_ahead
 from lightning_dp.gradients.ranks import ALONE, Ranks
-from lightning_dp.gradients.teacher_backends import (
-    LoopBackend,
-    Stack,
-    StackedBackend,
-    TeacherBackend,
-    saved_bytes_per_sample,
-)
+from lightning_dp.gradients.teacher_backends import LoopBackend, Stack, StackedBackend, TeacherBackend
 from lightning_dp.gradients.teachers import Encoder, FakeSource, RowChunk, RowStructure, TeacherEnsemble, TeacherShards
 from lightning_dp.losses.adversarial import Objective
 from lightning_dp.networks.datalens import DataLensDiscriminator
@@ -41,22 +36,6 @@ NETWORKS: Final[dict[str, type[Discriminator]]] = {
 }
 BACKENDS: Final[dict[str, type[TeacherBackend]]] = {"loop": LoopBackend, "stacked": StackedBackend}
 
-# Measured (docs/performance.md): on a CPU, chunks that stay in the cache win.
-CPU_CHUNKS: Final[dict[tuple[str, str], int]] = {
-    ("datalens", "loop"): 8,
-    ("datalens", "stacked"): 8,
-    ("gswgan", "loop"): 8,
-    ("gswgan", "stacked"): 8,
-    ("small_conv", "loop"): 16,
-    ("small_conv", "stacked"): 12,
-    ("mlp", "loop"): 16,
-    ("mlp", "stacked"): 32,
-}
-CPU_MEMORY_BUDGET: Final = 1_500_000_000
-CUDA_FREE_FRACTION: Final = 0.5
-ADAM_EPS: Final = 1e-8
-_DROPPED_AT_ONCE: Final = 8
-
 
 def choose_backend(network: str, device: torch.device) -> BackendName:
     """Return the faster backend: the loop for convolutions on a CPU, else stacked.
@@ -73,9 +52,8 @@ def choose_backend(network: str, device: torch.device) -> BackendName:
 class DiscriminatorTeachers(TeacherEnsemble):
     """One discriminator and one Adam per shard; a row is the way a teacher would move the fake images.
 
-    State lies in stacked tensors (t, ...) whichever backend computes, and is saved as (T, ...), so checkpoints move
-    between backends, chunk sizes, devices and numbers of processes. Adam is element-wise: run on a slice of the stack
-    it is one Adam per teacher. Nothing else is kept.
+    State lies in `AdamStacks` whichever backend computes, so checkpoints move between backends, chunk sizes, devices
+    and numbers of processes.
 
     Differs: the fakes of a round are made once, for every label at every batch position, and teachers pick by
     their own labels; the published program runs the generator on the private labels of each teacher. With a generator
@@ -151,8 +129,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.train_steps, self.pretrain_steps = train_steps, pretrain_steps
         self.objective: Objective = objective
         self.penalty, self.compute, self.state_dir = penalty, compute, state_dir
-        self._parameters: Stack = {}
-        self._files: tuple[MappedState, ...] = ()
+        self._stacks: AdamStacks | None = None
         self._rounds = 0
         self._ranks, self._owned = ALONE, range(num_teachers)
 
@@ -188,11 +165,14 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 "critic. Choose network='gswgan', 'small_conv' or 'mlp'."
             )
         self._seed = seed
-        self._files = self._mapped_state()
-        self._parameters = self._initial_parameters(network, seed)
-        like = [(name, stack.shape, stack.dtype) for name, stack in self._parameters.items()]
-        self._exp_avg = {name: self._zeros(shape, dtype, moments=True) for name, shape, dtype in like}
-        self._exp_avg_sq = {name: self._zeros(shape, dtype, moments=True) for name, shape, dtype in like}
+        self._stacks = AdamStacks(
+            network,
+            num_teachers=self.num_teachers,
+            ranks=ranks,
+            device=self._device,
+            seed=seed,
+            state_dir=self.state_dir,
+        )
         self._rounds = 0
         chosen = self.backend_name
         if chosen == "auto":
@@ -200,25 +180,35 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.chosen_backend = chosen
         make = BACKENDS[self.chosen_backend]
         self._backend = make(network.to(self._device), objective=self.objective, penalty=self.penalty)
-        self._memory_budget = _memory_budget(self._device)
-        self._bytes_per_sample = saved_bytes_per_sample(self._backend.network, self._sample_shape, num_classes)
+        self._chunk_sizes = ChunkSizes(
+            self._backend.network,
+            sample_shape=self._sample_shape,
+            num_classes=num_classes,
+            bytes_per_teacher=self._stacks.bytes_per_teacher,
+            preferred=CPU_CHUNKS[self.network_name, self.chosen_backend],
+        )
 
     def train(self, make_fakes: FakeSource, *, step: int) -> None:  # noqa: D102
-        self._require_bound()
+        stacks = self._bound_stacks()
         public_labels = torch.arange(self._num_classes, device=self._device).repeat(self._batch)
         fakes = make_fakes(public_labels).detach().unflatten(0, (self._batch, self._num_classes))
         repeats = self.train_steps if self._rounds else self.pretrain_steps
         block, visit = self._turn(step)
         block = _places(block, self._owned)
         steps_before = self._optimizer_steps(self._turn(self._rounds)[1])
-        for teachers in self._chunks(2 * self._batch, block, self._files):
+        for teachers in self._chunks(2 * self._batch, block, stacks.files):
             real, fake, one_hot = self._round_batch(teachers, fakes, visit)
             for repeat in range(repeats):
                 shares = self._public_shares(step, repeat, like=real)
-                own = self._slice(self._parameters, teachers)
                 with self._computing():
-                    gradients = self._backend.training_gradients(own, real, fake, one_hot, shares)
-                self._adam_step(teachers, gradients, steps_before=steps_before + repeat)
+                    gradients = self._backend.training_gradients(stacks.of(teachers), real, fake, one_hot, shares)
+                stacks.adam_step(
+                    teachers,
+                    gradients,
+                    steps_before=steps_before + repeat,
+                    learning_rate=self.learning_rate,
+                    betas=self.betas,
+                )
         self._rounds += 1
 
     def _computing(self) -> torch.autocast:
@@ -271,7 +261,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
 
     def _judging(self, fakes: Tensor, labels: Tensor, judges: Tensor | None) -> Iterator[tuple[Tensor, Stack, Tensor]]:
         """Yield teachers that judge, a chunk at a time: their ids, their parameters, and the labels one-hot."""
-        self._require_bound()
+        stacks = self._bound_stacks()
         num_images = fakes.shape[0]
         least = self._backend.network.min_batch
         if num_images < least or tuple(fakes.shape[1:]) != self._sample_shape or labels.shape != (num_images,):
@@ -284,40 +274,16 @@ class DiscriminatorTeachers(TeacherEnsemble):
         owned = torch.tensor(self._owned, dtype=torch.int64, device=self._device)
         ids = owned if judges is None else judges.to(self._device)
         places = (ids - self._owned.start) // self._owned.step
-        for part in self._chunks(num_images, slice(0, len(ids)), self._files[:1] if judges is None else ()):
-            own = self._slice(self._parameters, part if judges is None else places[part])
-            yield ids[part], own, one_hot
+        for part in self._chunks(num_images, slice(0, len(ids)), stacks.files[:1] if judges is None else ()):
+            yield ids[part], stacks.of(part if judges is None else places[part]), one_hot
 
     def row_structure(self, num_images: int) -> RowStructure:
         """Return that a record reaches one teacher, which speaks on all images. Looks at no data."""
         return RowStructure(images_per_row=num_images, class_wise=False, single_record=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return parameters, Adam moments (references, (T, ...) each) and step counts. Private.
-
-        Of many processes, the first one gets them together in its memory, or in files beside those of its own.
-        """
-        self._require_bound()
-        state: dict[str, Any] = {"rounds": self._rounds}
-        whole = () if self.state_dir is None else (MappedState(self.state_dir, self.num_teachers),)
-        for key, stacks in self._stacks().items():
-            state[key] = {name: self._of_all(stack, whole) for name, stack in stacks.items()}
-        return state
-
-    def _stacks(self) -> dict[str, Stack]:
-        return {"parameters": self._parameters, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-
-    def _of_all(self, stack: Tensor, files: tuple[MappedState, ...]) -> Tensor:
-        """Return a stack of all teachers, (T, ...), on process 0; what this one has elsewhere."""
-        if self._ranks.size == 1:
-            return stack
-        if self._ranks.rank > 0:
-            self._ranks.collect(stack, None)
-            return stack
-        shape = torch.Size((self.num_teachers, *stack.shape[1:]))
-        whole = files[0].zeros(shape, stack.dtype) if files else torch.zeros(shape, dtype=stack.dtype)
-        self._ranks.collect(stack, whole)
-        return whole
+        """Return parameters and Adam moments, see `AdamStacks.state_dict`, and step counts. Private."""
+        return {"rounds": self._rounds, **self._bound_stacks().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a state of an ensemble of the same network and size into this one.
@@ -325,54 +291,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
         Raises:
             ConfigurationError: Names or shapes differ.
         """
-        self._require_bound()
-        pairs = [(own, state[key]) for key, own in self._stacks().items()]
-        for own, saved in pairs:
-            expected = {name: (self.num_teachers, *stack.shape[1:]) for name, stack in own.items()}
-            got = {name: tuple(stack.shape) for name, stack in saved.items()}
-            if expected != got:
-                raise ConfigurationError(
-                    f"Expected teachers of network={self.network_name!r}, num_teachers={self.num_teachers}, got a "
-                    f"checkpoint with shapes {got}. Resume with the settings of the run that wrote it."
-                )
-        for own, saved in pairs:
-            for name, stack in own.items():
-                stack.copy_(saved[name][self._owned.start :: self._owned.step])
+        self._bound_stacks().load_state_dict(state, network_name=self.network_name)
         self._rounds = int(state["rounds"])
-
-    def _initial_parameters(self, network: Discriminator, seed: int) -> Stack:
-        """Draw each teacher's parameters from (seed, teacher) on the CPU: the same on any device and process."""
-        names = dict(network.named_parameters())
-        stacks = {
-            name: self._zeros(torch.Size((len(self._owned), *parameter.shape)), parameter.dtype)
-            for name, parameter in names.items()
-        }
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for place, teacher in enumerate(self._owned):
-                torch.default_generator.manual_seed((seed * 1_000_003 + teacher) % 2**63)
-                network.reset_parameters()
-                for name, parameter in names.items():
-                    stacks[name][place] = parameter
-                if self._files and place % _DROPPED_AT_ONCE == _DROPPED_AT_ONCE - 1:
-                    self._files[0].drop(slice(place + 1 - _DROPPED_AT_ONCE, place + 1))
-        return stacks
-
-    def _mapped_state(self) -> tuple[MappedState, ...]:
-        """Return the files of parameters and of moments (rows need the first only), or nothing."""
-        if self.state_dir is None:
-            return ()
-        if self._device.type != "cpu":
-            raise ConfigurationError(
-                f"teachers.state_dir={self.state_dir} works on a CPU only, got device={self._device}. Leave it out."
-            )
-        own = len(self._owned)
-        return MappedState(self.state_dir, own), MappedState(self.state_dir, own)
-
-    def _zeros(self, shape: torch.Size, dtype: torch.dtype, *, moments: bool = False) -> Tensor:
-        """Return a stack of zeros, in memory or in a file that only this process can reach."""
-        if self._files:
-            return self._files[moments].zeros(shape, dtype)
-        return torch.zeros(shape, dtype=dtype, device=self._device)
 
     def _round_batch(self, teachers: slice, fakes: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return real (n, B, ...), fake (n, B, ...) and one-hot labels (n, B, y) of one round."""
@@ -386,74 +306,19 @@ class DiscriminatorTeachers(TeacherEnsemble):
     def _encoded(self, images: Tensor) -> Tensor:
         return images if self._encode is None else self._encode(images).detach()
 
-    def _adam_step(self, teachers: slice, gradients: Stack, *, steps_before: int) -> None:
-        """Step the Adam of each teacher of the chunk; element-wise, so teachers stay apart."""
-        parameters = list(self._slice(self._parameters, teachers).values())
-        exp_avg, exp_avg_sq = self._moments(teachers)
-        counters = [torch.full((), float(steps_before), device=self._device) for _ in parameters]
-        with torch.no_grad():
-            adam(
-                parameters,
-                [gradients[name].contiguous() for name in self._parameters],
-                list(exp_avg.values()),
-                list(exp_avg_sq.values()),
-                [],
-                counters,
-                fused=self._device.type in ("cpu", "cuda"),
-                amsgrad=False,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                lr=self.learning_rate,
-                weight_decay=0.0,
-                eps=ADAM_EPS,
-                maximize=False,
-            )
-
-    def _moments(self, teachers: slice) -> tuple[Stack, Stack]:
-        return self._slice(self._exp_avg, teachers), self._slice(self._exp_avg_sq, teachers)
-
-    @staticmethod
-    def _slice(stack: Stack, teachers: slice | Tensor) -> Stack:
-        return {name: values[teachers] for name, values in stack.items()}
-
     def _chunks(self, samples: int, within: slice, files: tuple[MappedState, ...] = ()) -> Iterator[slice]:
-        """Yield chunks; of teachers that live in `files`, the next chunk is read while this one works."""
-        size = self.chunk_size or self._automatic_chunk(samples)
-        for start in range(within.start, within.stop, size):
-            chunk = slice(start, min(start + size, within.stop))
-            for part in files:
-                part.fetch(slice(start if start == within.start else chunk.stop, min(chunk.stop + size, within.stop)))
-            yield chunk
-            for part in files:
-                part.drop(chunk)
+        return read_ahead(within, self.chunk_size or self._chunk_sizes.fitting(samples), files)
 
-    def _automatic_chunk(self, samples: int) -> int:
-        """Return how many teachers fit the memory budget and, on a CPU, the cache."""
-        parameter_bytes = sum(stack[0].numel() * stack.element_size() for stack in self._parameters.values())
-        # Gradients and their contiguous copy; activations, their gradients and one working copy.
-        per_teacher = 2 * parameter_bytes + 3 * samples * self._bytes_per_sample
-        if self._device.type == "cuda":
-            return max(1, self._memory_budget // per_teacher)
-        preferred = CPU_CHUNKS[self.network_name, self.chosen_backend]
-        return max(1, min(preferred, self._memory_budget // per_teacher))
-
-    def _require_bound(self) -> None:
-        if not self._parameters:
+    def _bound_stacks(self) -> AdamStacks:
+        if self._stacks is None:
             raise RuntimeError("Expected bound teachers, got an ensemble without records. Call bind() first.")
+        return self._stacks
 
 
 def _places(teachers: slice, owned: range) -> slice:
     """Return where the owned ones among a run of teachers stand in the stacks."""
     start, stop = (-(-(edge - owned.start) // owned.step) for edge in (teachers.start, teachers.stop))
     return slice(max(0, start), min(len(owned), max(0, stop)))
-
-
-def _memory_budget(device: torch.device) -> int:
-    """Return bytes for one chunk. Asked once: later the allocator's own cache would count as used."""
-    if device.type != "cuda":
-        return CPU_MEMORY_BUDGET
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(CUDA_FREE_FRACTION * free)
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

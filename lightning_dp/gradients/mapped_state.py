@@ -4,6 +4,7 @@ import math
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -68,6 +69,23 @@ class MappedState:
             stop = stop // page * page if inner else stop
             if stop > start:
                 mapped.madvise(advice, start, stop - start)
+
+
+def read_ahead(within: slice, size: int, files: Sequence[MappedState]) -> Iterator[slice]:
+    """Yield chunks; of teachers that live in files, the next chunk is read while this one works.
+
+    Args:
+        within: Places of the teachers to go through.
+        size: Teachers of a chunk.
+        files: Where they live; none for teachers in memory.
+    """
+    for start in range(within.start, within.stop, size):
+        chunk = slice(start, min(start + size, within.stop))
+        for part in files:
+            part.fetch(slice(start if start == within.start else chunk.stop, min(chunk.stop + size, within.stop)))
+        yield chunk
+        for part in files:
+            part.drop(chunk)
 
 
 def _free_gigabytes(folder: str) -> str:

@@ -197,27 +197,3 @@ def _given(shares: Tensor | None) -> Tensor:
     if shares is None:
         raise ValueError("Expected shares for the slopes of a Wasserstein critic, got none. Pass shares, (B,).")
     return shares
-
-
-def saved_bytes_per_sample(network: Discriminator, sample_shape: tuple[int, ...], num_classes: int) -> int:
-    """Return how many bytes one sample leaves behind between the forward and the backward pass.
-
-    Args:
-        network: The architecture, on its device.
-        sample_shape: Shape of one sample.
-        num_classes: Number of labels.
-    """
-    like, saved = next(network.parameters()), [0]
-    batch = network.min_batch
-    parameters = {parameter.data_ptr() for parameter in network.parameters()}
-
-    def count(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters:
-            saved[0] += tensor.numel() * tensor.element_size()
-        return tensor
-
-    samples = torch.zeros(batch, *sample_shape, dtype=like.dtype, device=like.device)
-    one_hot = torch.zeros(batch, num_classes, dtype=like.dtype, device=like.device)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        network(samples, one_hot)
-    return saved[0] // batch + samples[0].numel() * samples.element_size()

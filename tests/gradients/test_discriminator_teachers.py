@@ -216,7 +216,7 @@ def test_automatic_choice_follows_the_measurements():
 def test_automatic_chunk_keeps_to_the_memory_budget(monkeypatch):
     teachers = make_teachers("mlp", "stacked", chunk_size=None)
     assert [chunk.stop for chunk in teachers._chunks(8, slice(0, 5))] == [5]
-    monkeypatch.setattr("lightning_dp.gradients.discriminator_teachers.CPU_MEMORY_BUDGET", 1)
+    monkeypatch.setattr("lightning_dp.gradients.chunk_sizes.CPU_MEMORY_BUDGET", 1)
     teachers = make_teachers("mlp", "stacked", chunk_size=None)
     assert [chunk.stop for chunk in teachers._chunks(8, slice(0, 5))] == [1, 2, 3, 4, 5]
 

@@ -14,8 +14,10 @@ ALL = [(network, backend) for network in ("datalens", "small_conv", "mlp") for b
 class SharedAdam(DiscriminatorTeachers):
     """Broken twin: every chunk uses the Adam slots of the first, as the published program does (flaw F1)."""
 
-    def _moments(self, teachers):
-        return super()._moments(slice(0, teachers.stop - teachers.start))
+    def bind(self, *args, **options):
+        super().bind(*args, **options)
+        own = self._stacks.moments
+        self._stacks.moments = lambda teachers: own(slice(0, teachers.stop - teachers.start))
 
 
 class PrivateLabels(DiscriminatorTeachers):

@@ -106,7 +106,7 @@ class TrainsWhoJudged(DiscriminatorTeachers):
     def row_chunks(self, fakes, labels, judges=None):
         yield from super().row_chunks(fakes, labels, judges)
         for teacher in judges.tolist():
-            for stack in self._parameters.values():
+            for stack in self._stacks.parameters.values():
                 stack[teacher] *= 1.01
 
 
