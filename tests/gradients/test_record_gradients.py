@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_dp.errors import PrivacyProtocolError
-from lightning_dp.gradients import overheard
+from lightning_dp.gradients.layers import patches
 from lightning_dp.gradients.overheard import UnsupportedNetwork
 from lightning_dp.gradients.parts import Product, Rows
 from lightning_dp.gradients.per_record import trainable_parameters
@@ -388,6 +388,6 @@ class TestBrokenTwins:
 
 def test_patches_are_what_a_convolution_meets():
     maps = torch.arange(2 * 3 * 5 * 6, dtype=torch.float32).view(2, 3, 5, 6)
-    found = overheard.patches(maps, torch.Size((2, 3)), (2, 1), (1, 0), torch.Size((3, 4)))
+    found = patches(maps, torch.Size((2, 3)), (2, 1), (1, 0), torch.Size((3, 4)))
     wanted = F.unfold(maps, (2, 3), stride=(2, 1), padding=(1, 0)).unflatten(1, (3, 2, 3)).unflatten(-1, (3, 4))
     assert torch.equal(found, wanted.permute(0, 4, 5, 2, 3, 1))
