@@ -14,9 +14,9 @@ from typing_extensions import override
 from callbacks.privacy_accountant import PrivacyAccountant
 from callbacks.private_checkpoint import PrivateCheckpoint
 from callbacks.private_ddp import check_strategy, ranks_of
-from lightning_dp.accounting.claim import plan_header
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
+from lightning_dp.accounting.plan import plan_header
 from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import Mechanism, ReleasePlan

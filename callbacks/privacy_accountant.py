@@ -9,11 +9,13 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_dp.accounting.accountants import would_exceed
-from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger, ledger_plan, spent_epsilon
+from lightning_dp.accounting.claim import PrivacyClaim
+from lightning_dp.accounting.claiming import claim_from_ledger, spent_epsilon
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest, needed_by
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.plan import ledger_plan
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.errors import ConfigurationError, LedgerError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks

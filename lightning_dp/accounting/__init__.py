@@ -8,7 +8,8 @@ from lightning_dp.accounting.accountants import (
     would_exceed,
 )
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_releases
-from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim, make_claim
+from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
+from lightning_dp.accounting.claiming import make_claim
 from lightning_dp.accounting.events import (
     RELATION_NAMES,
     DiscreteGaussianRelease,

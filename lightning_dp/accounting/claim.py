@@ -1,35 +1,22 @@
-"""What may be said of a run's privacy, in one line, and what may not."""
+"""A claim: what is said of a run's privacy, in one line, and what is not."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import ROUND_CEILING, Decimal
 from enum import StrEnum
 from typing import Any, Self
 
-from dp_accounting import NeighboringRelation
-
-from lightning_dp.accounting.accountants import Accountant, Counts, EpsilonResult, checked_delta, compute_epsilon
-from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED, default_not_covered
-from lightning_dp.accounting.events import (
-    NonPrivateRelease,
-    Sampling,
-    event_from_dict,
-    parse_relation,
-    relation_name,
-)
-from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.errors import ConfigurationError, LedgerError
+from lightning_dp.accounting.accountants import checked_delta
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
+from lightning_dp.accounting.events import parse_relation, relation_name
+from lightning_dp.errors import ConfigurationError
 
 _RELATION_LABELS = {
     "add_or_remove_one": "add-or-remove-one",
     "replace_one": "replace-one",
     "replace_special": "zero-out (one record becomes empty and contributes nothing; their number stays)",
 }
-_PLAN_CHANGED = (
-    "that the run kept to the plan that was fixed before its first release (it was made longer, or its noise changed, "
-    "perhaps in view of what had been released; plan the longest run, and stop early)"
-)
 _ACCOUNTANT_LABELS = {"gaussian": "exact Gaussian", "pld": "PLD", "rdp": "RDP", "none": "no"}
 
 
@@ -156,253 +143,6 @@ class PrivacyClaim:
                 f"Expected the claim's own statement {claim.statement()!r}, got statement={data['statement']!r}."
             )
         return claim
-
-
-def make_claim(
-    ledger_or_counts: PrivacyLedger | Counts,
-    *,
-    delta: float,
-    relation: str | NeighboringRelation,
-    unit: str,
-    mechanism: str,
-    num_records: int | None = None,
-    accountant: Accountant = "auto",
-    conditional_on: Sequence[str] = (),
-    unverified: Sequence[str] = (),
-    not_covered: Sequence[str] | None = None,
-    extra_warnings: Sequence[str] = (),
-    planned: Counts | None = None,
-) -> PrivacyClaim:
-    """Return what may be claimed of all releases in a ledger.
-
-    The level is the worst that applies: NONPRIVATE for a release without noise, UNVERIFIED for Poisson sampling that
-    was not executed or anything in `unverified`, CONDITIONAL for anything in `conditional_on`, else PROVED.
-
-    Guarantee: under a plan, epsilon is that of the whole plan, also for a run that stopped before its end. Such a run
-    is post-processing of the whole one, whatever released value made it stop; the smaller epsilon of the releases made
-    would hold only if their number had been fixed. Releases beyond the plan, or of another noise, are UNVERIFIED: an
-    epsilon that follows a choice made in view of releases bounds nothing unless a filter was set before the first.
-
-    Args:
-        ledger_or_counts: The ledger, or its counts.
-        delta: Delta of the statement, in (0, 1).
-        relation: The neighbouring relation; a ledger's own must agree.
-        unit: The privacy unit in words; a ledger's own must agree.
-        mechanism: Name of the mechanism.
-        num_records: Number of records, for the warning about delta; taken from a ledger's header where it is there.
-        accountant: Which accountant, as in `compute_epsilon`.
-        conditional_on: Components assumed public (a pretrained network, say).
-        unverified: Steps of the proof that were not checked.
-        not_covered: What the epsilon does not speak of; None takes `default_not_covered`.
-        extra_warnings: Further warnings to carry.
-        planned: Counts that were fixed before the first release; None takes a ledger's own plan, and charges what was
-            released where there is none.
-
-    Returns:
-        The claim.
-
-    Raises:
-        ConfigurationError: An invalid delta or relation, or one that contradicts the ledger.
-    """
-    relation, delta = parse_relation(relation), checked_delta(delta)
-    counts: Counts
-    if isinstance(ledger_or_counts, PrivacyLedger):
-        _check_agreement(ledger_or_counts, relation, unit)
-        num_records = num_records if num_records is not None else ledger_or_counts.header.get("num_records")
-        counts = ledger_or_counts.counts()
-        planned = ledger_plan(ledger_or_counts) if planned is None else planned
-    else:
-        counts = ledger_or_counts
-    counts = {key: count for key, count in counts.items() if count != 0}
-    assumed = [*unverified, *(_sampler(counts, executed=False)), *([] if _keeps(counts, planned) else [_PLAN_CHANGED])]
-    level = _level(counts, assumed, conditional_on)
-    warnings = list(extra_warnings)
-    result: EpsilonResult | None = None
-    if level is ClaimLevel.PROVED:
-        charged = planned if planned is not None and counts else counts
-        result = compute_epsilon(charged, delta=delta, relation=relation, accountant=accountant)
-        warnings += result.notes
-        if sum(charged.values()) > sum(counts.values()):
-            warnings.append(
-                "the run stopped before its plan was over: epsilon is that of the plan, which holds whatever released "
-                "value the stop looked at"
-            )
-    if num_records is not None and delta > 1 / num_records:
-        warnings.append(
-            f"delta={delta!r} is above 1 / num_records for num_records={num_records}: "
-            "publishing one whole record at random would satisfy it"
-        )
-    return PrivacyClaim(
-        level=level,
-        epsilon=result.epsilon if result else None,
-        delta=delta,
-        relation=relation_name(relation),
-        unit=unit,
-        accountant=result.accountant if result else "none",
-        sampler="; ".join([*_sampler(counts, executed=True), *_sampler(counts, executed=False)]) or "none",
-        num_releases=sum(counts.values()),
-        mechanism=mechanism,
-        assumptions=(*assumed, *conditional_on),
-        not_covered=default_not_covered({**counts, **(planned or {})}) if not_covered is None else tuple(not_covered),
-        warnings=tuple(dict.fromkeys(warnings)),
-        planned_releases=None if planned is None else sum(planned.values()),
-    )
-
-
-def plan_header(planned: Counts) -> list[dict[str, Any]]:
-    """Return a plan as the JSON-able list that a ledger's header holds under "planned".
-
-    Args:
-        planned: How often each (event, sampling) will be released at most.
-    """
-    return [
-        {"event": event.to_dict(), "sampling": sampling.to_dict(), "count": count}
-        for (event, sampling), count in planned.items()
-    ]
-
-
-def ledger_plan(ledger: PrivacyLedger) -> Counts | None:
-    """Return the plan in a ledger's header; None where there is none.
-
-    Raises:
-        LedgerError: What the header holds is no plan.
-    """
-    written = ledger.header.get("planned")
-    return None if written is None else parse_plan(written)
-
-
-def parse_plan(written: Any) -> Counts:
-    """Return the plan that `plan_header` wrote.
-
-    Raises:
-        LedgerError: It is none.
-    """
-    try:
-        return {
-            (event_from_dict(part["event"]), Sampling.from_dict(part["sampling"])): int(part["count"])
-            for part in written
-        }
-    except (ConfigurationError, KeyError, TypeError, ValueError) as error:
-        raise LedgerError(f"Expected a plan in the ledger's header, got planned={written!r} ({error}).") from None
-
-
-def claimed_counts(ledger: PrivacyLedger) -> Counts:
-    """Return what a claim charges: the plan while the ledger keeps to it, else what was released."""
-    plan, counts = ledger_plan(ledger), ledger.counts()
-    return plan if plan is not None and counts and _keeps(counts, plan) else counts
-
-
-def _keeps(counts: Counts, planned: Counts | None) -> bool:
-    """Tell whether the releases are among those planned."""
-    return planned is None or all(count <= planned.get(key, 0) for key, count in counts.items())
-
-
-def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> PrivacyClaim:
-    """Return the claim of a run from its ledger alone; a run's own claim is made by the same call.
-
-    The header holds, besides relation, unit and number of records: mechanism, target_delta, accountant, the lists
-    conditional_on, unverified and warnings, and the plan that was fixed before the first release.
-
-    Args:
-        ledger: The ledger of a run.
-        delta: Delta of the statement; None takes the run's own.
-
-    Raises:
-        LedgerError: The header was not written by a run.
-    """
-    header = ledger.header
-    try:
-        mechanism, own_delta = str(header["mechanism"]), float(header["target_delta"])
-    except (KeyError, TypeError, ValueError):
-        raise LedgerError(
-            "Expected a ledger whose header names mechanism and target_delta, as every run writes it, got "
-            f"{sorted(header)}."
-        ) from None
-    return make_claim(
-        ledger,
-        delta=own_delta if delta is None else delta,
-        relation=ledger.relation,
-        unit=ledger.unit,
-        mechanism=mechanism,
-        accountant=header.get("accountant", "auto"),
-        conditional_on=tuple(header.get("conditional_on", ())),
-        unverified=tuple(header.get("unverified", ())),
-        extra_warnings=tuple(header.get("warnings", ())),
-    )
-
-
-def ledger_level(ledger: PrivacyLedger) -> ClaimLevel:
-    """Return the level that a claim from this ledger has, without composing anything.
-
-    Args:
-        ledger: The ledger of a run, whose header says what its claim rests on.
-    """
-    header, counts = ledger.header, ledger.counts()
-    assumed = [*header.get("unverified", ()), *_sampler(counts, executed=False), *plan_changes(ledger)]
-    return _level(counts, assumed, header.get("conditional_on", ()))
-
-
-def plan_level(counts: Counts, *, unverified: Sequence[str], conditional_on: Sequence[str]) -> ClaimLevel:
-    """Return the level that a run will have if it keeps to these planned releases.
-
-    Args:
-        counts: How often each (event, sampling) will be released.
-        unverified: Steps of the proof that are not checked.
-        conditional_on: Components assumed public.
-    """
-    return _level(counts, [*unverified, *_sampler(counts, executed=False)], conditional_on)
-
-
-def plan_changes(ledger: PrivacyLedger) -> tuple[str, ...]:
-    """Return, in words, that a run left the plan of its ledger; nothing if it keeps to it."""
-    return () if _keeps(ledger.counts(), ledger_plan(ledger)) else (_PLAN_CHANGED,)
-
-
-def spent_epsilon(ledger: PrivacyLedger, *, accountant: Accountant = "auto") -> float | None:
-    """Return what the releases so far cost: the claim of a run that was planned to end here. None unless PROVED.
-
-    Where records are sampled, it is rough, and slightly too large, until the plan is over.
-
-    Args:
-        ledger: The ledger of a run.
-        accountant: As in `compute_epsilon`.
-    """
-    if ledger_level(ledger) is not ClaimLevel.PROVED:
-        return None
-    delta = float(ledger.header["target_delta"])
-    counts, planned = ledger.counts(), ledger_plan(ledger)
-    is_rough = planned is not None and counts != planned
-    return compute_epsilon(
-        counts, delta=delta, relation=ledger.relation, accountant=accountant, is_rough=is_rough
-    ).epsilon
-
-
-def _check_agreement(ledger: PrivacyLedger, relation: NeighboringRelation, unit: str) -> None:
-    """Refuse to speak of a relation or a unit for which the ledger's sensitivities were not computed."""
-    if relation is not ledger.relation or unit != ledger.unit:
-        raise ConfigurationError(
-            f"Expected the ledger's own relation={relation_name(ledger.relation)} and unit={ledger.unit!r}, "
-            f"got relation={relation_name(relation)}, unit={unit!r}. Sensitivities hold for the ledger's only."
-        )
-
-
-def _level(counts: Counts, assumed: Sequence[str], conditional_on: Sequence[str]) -> ClaimLevel:
-    if any(isinstance(event, NonPrivateRelease) for event, _ in counts):
-        return ClaimLevel.NONPRIVATE
-    if assumed:
-        return ClaimLevel.UNVERIFIED
-    return ClaimLevel.CONDITIONAL if conditional_on else ClaimLevel.PROVED
-
-
-def _sampler(counts: Counts, *, executed: bool) -> list[str]:
-    """Return the samplings in words, once each."""
-    words = []
-    for _, sampling in counts:
-        if sampling.executed is executed:
-            way = "executed" if executed else "assumed, not executed"
-            poisson = f"Poisson sampling at rate {sampling.rate:.6g} ({way})"
-            words.append("all records in every release" if sampling.scheme == "full" else poisson)
-    return list(dict.fromkeys(words))
 
 
 def epsilon_text(epsilon: float) -> str:

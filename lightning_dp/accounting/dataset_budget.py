@@ -16,11 +16,13 @@ from lightning_dp.accounting.budget_state import (
     Shortage,
     state_of,
 )
-from lightning_dp.accounting.claim import ClaimLevel, plan_header, plan_level
+from lightning_dp.accounting.claim import ClaimLevel
+from lightning_dp.accounting.claiming import plan_level
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, parse_relation
 from lightning_dp.accounting.filters import Rule, best_order, joined, rule_for, without_non_private
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.plan import plan_header
 from lightning_dp.errors import BudgetExceededError, ConfigurationError, LedgerError
 
 

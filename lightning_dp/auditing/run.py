@@ -8,7 +8,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_dp.accounting.claim import PrivacyClaim, claim_from_ledger
+from lightning_dp.accounting.claim import PrivacyClaim
+from lightning_dp.accounting.claiming import claim_from_ledger
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.auditing.membership import (
     Scores,

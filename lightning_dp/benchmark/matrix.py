@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from callbacks import GradientPrivatizer, PrivacyAccountant
-from lightning_dp.accounting.claim import ClaimLevel, make_claim
+from lightning_dp.accounting.claim import ClaimLevel
+from lightning_dp.accounting.claiming import make_claim
 from lightning_dp.accounting.events import RELATION_NAMES
 from lightning_dp.accounting.settings import PrivacySettings
 from lightning_dp.errors import ConfigurationError

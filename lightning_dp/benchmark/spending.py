@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.run_folder import LEDGER_FILE
-from lightning_dp.accounting.claim import (
-    ClaimLevel,
-    PrivacyClaim,
-    claimed_counts,
-    ledger_level,
-    make_claim,
-    plan_changes,
-)
+from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
+from lightning_dp.accounting.claiming import ledger_level, make_claim
 from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.plan import claimed_counts, plan_changes
 from lightning_dp.benchmark.runner import RUNS_FOLDER
 from lightning_dp.errors import LedgerError
 

@@ -113,7 +113,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def account(arguments: list[str]) -> int:
     """Recompute the claim of a run from its ledger alone; exit code 1 if the run's own claim is another."""
-    from lightning_dp.accounting.claim import claim_from_ledger
+    from lightning_dp.accounting.claiming import claim_from_ledger
     from lightning_dp.accounting.ledger import PrivacyLedger
     from lightning_dp.cli.dataset import account_dataset, is_about_dataset
 

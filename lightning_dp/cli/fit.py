@@ -23,8 +23,8 @@ from callbacks.private_checkpoint import check_checkpoint
 from callbacks.private_ddp import STRATEGY
 from callbacks.run_folder import GRID_FILE, LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
 from datamodules import ImageDataModule
-from lightning_dp.accounting.claim import parse_plan
 from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest
+from lightning_dp.accounting.plan import parse_plan
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import check_values, one_line

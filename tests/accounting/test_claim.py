@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dp.accounting.accountants import compute_epsilon
-from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim, make_claim
+from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
+from lightning_dp.accounting.claiming import make_claim
 from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
 from lightning_dp.accounting.events import (
     GaussianRelease,
@@ -273,7 +274,8 @@ class TestPlans:
         assert claim_of({}, planned=self.plan).epsilon == 0
 
     def test_a_ledger_carries_its_plan(self):
-        from lightning_dp.accounting.claim import claimed_counts, ledger_level, plan_header, spent_epsilon
+        from lightning_dp.accounting.claiming import ledger_level, spent_epsilon
+        from lightning_dp.accounting.plan import claimed_counts, plan_header
 
         facts = {"relation": "replace_one", "unit": "record", "target_delta": 1e-5}
         ledger = PrivacyLedger({**facts, "planned": plan_header({(STEP, FULL): 3})}, None)

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier
-from lightning_dp.accounting.claim import claim_from_ledger
+from lightning_dp.accounting.claiming import claim_from_ledger
 from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.benchmark.plan import CellPlan

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from callbacks import PrivateCheckpoint
-from lightning_dp.accounting.claim import claim_from_ledger
+from lightning_dp.accounting.claiming import claim_from_ledger
 from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.ledger_state import Run
