@@ -5,10 +5,8 @@ computed in one place (`Mechanism.l2_sensitivity`) from the mechanism's bounds o
 neighbouring step may do to the rows; nothing else in the project restates it.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Final, Literal, TypeAlias, final
 
@@ -27,6 +25,7 @@ from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.contributions import ContributionKind, ContributionSpec, RowChange
 from lightning_dp.mechanisms.grid import whole_steps
 from lightning_dp.mechanisms.noise import NoiseSource
+from lightning_dp.mechanisms.plan import EncodeContext, ReleasePlan, RowScaling
 
 NoiseLaw: TypeAlias = Literal["gaussian", "rounded_gaussian", "discrete_gaussian"]
 
@@ -49,62 +48,6 @@ __all__ = [
     "RowScaling",
     "zero_non_finite",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReleasePlan:
-    """What is fixed before the first release: the rows, the relation and the noise.
-
-    Attributes:
-        spec: Public facts about the rows.
-        relation: The neighbouring relation of the claim.
-        noise_multiplier: Noise std / L2 sensitivity under `relation`, dimensionless.
-    """
-
-    spec: ContributionSpec
-    relation: NeighboringRelation
-    noise_multiplier: float
-
-    def __post_init__(self) -> None:
-        value = float(self.noise_multiplier)
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigurationError(
-                f"Expected a finite privacy.noise_multiplier > 0, got {self.noise_multiplier}. "
-                "Use --mechanism NoPrivacy for a run without noise."
-            )
-        object.__setattr__(self, "noise_multiplier", value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeContext:
-    """What `Mechanism.encode` may use besides the rows: public randomness, and coins that no observer knows.
-
-    Attributes:
-        release_number: Number of the release in the ledger.
-        public_seed: Seed of public randomness (projections, rotations); reproducible and data-independent.
-        noise: The secret source, for coins.
-        row_ids: Stable id of each row (teacher number), so that coins do not depend on chunking.
-        first_vector: Index, in the whole release, of the first vector that these rows judge.
-    """
-
-    release_number: int
-    public_seed: int
-    noise: NoiseSource
-    row_ids: Tensor
-    first_vector: int = 0
-
-
-@dataclass(frozen=True)
-class RowScaling:
-    """What `encode` does to rows of one vector, where their norms decide it.
-
-    Attributes:
-        weights: What each vector is multiplied by, (num_rows,), float64; exactly 0 for a row that sends zeros.
-        appended: What follows the scaled vectors in the encoded rows, (num_rows, encoded_dim - vector_dim), float64.
-    """
-
-    weights: Tensor
-    appended: Tensor | None = None
 
 
 class Mechanism(ABC):

@@ -9,7 +9,6 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.errors import ConfigurationError
 from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
 from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.gradients.source import GradientMode
@@ -17,7 +16,8 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
 from lightning_dp.modules.imitation import batches, descend, imitate
-from lightning_dp.modules.records import RecordModule, check_betas, check_positive
+from lightning_dp.modules.options import check_betas, check_images, check_positive
+from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.release import PublicRows, PublicSamples
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.discriminator import Discriminator
@@ -107,11 +107,7 @@ class DPGAN(RecordModule):
     @override
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
-        if data.image_shape != self.generator.image_shape or data.num_classes != self.generator.num_classes:
-            raise ConfigurationError(
-                f"The generator makes images {self.generator.image_shape} of {self.generator.num_classes} classes, but "
-                f"the data are {data.image_shape} of {data.num_classes}; change model.generator or data."
-            )
+        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
 
     @override
     def contribution_spec(self) -> ContributionSpec:

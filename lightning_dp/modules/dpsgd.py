@@ -17,13 +17,9 @@ from lightning_dp.gradients.source import GradientMode
 from lightning_dp.gradients.views import random_views
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
-from lightning_dp.modules.records import (
-    RecordModule,
-    check_decay,
-    check_positive,
-    check_share,
-    with_cosine_schedule,
-)
+from lightning_dp.modules.options import check_decay, check_images, check_positive, check_share
+from lightning_dp.modules.records import RecordModule
+from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.classifier import Classifier
 
 _VIEWS = 0  # purpose of public randomness
@@ -108,11 +104,7 @@ class DPSGDClassifier(RecordModule):
     @override
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
-        if data.image_shape != self.network.image_shape or data.num_classes != self.network.num_classes:
-            raise ConfigurationError(
-                f"The classifier takes images {self.network.image_shape} of {self.network.num_classes} classes, but "
-                f"the data are {data.image_shape} of {data.num_classes}; change model.network or data."
-            )
+        check_images(data, self.network, who="The classifier takes", mend="model.network or data")
 
     @override
     def contribution_spec(self) -> ContributionSpec:

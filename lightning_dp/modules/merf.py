@@ -11,7 +11,7 @@ from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.mean_embedding import MeanEmbedding
 from lightning_dp.modules.one_shot import OneShotModule
-from lightning_dp.modules.records import check_positive
+from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.release import Released
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.generator import Generator

@@ -8,8 +8,8 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.errors import ConfigurationError
 from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.options import check_images
 from lightning_dp.modules.release import Released
 from lightning_dp.networks.generator import Generator
 
@@ -33,11 +33,7 @@ class OneShotModule(PrivateModule):
     @override
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
-        if data.image_shape != self.generator.image_shape or data.num_classes != self.generator.num_classes:
-            raise ConfigurationError(
-                f"The generator makes images {self.generator.image_shape} of {self.generator.num_classes} classes, but "
-                f"the data are {data.image_shape} of {data.num_classes}; change model.generator or data."
-            )
+        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
 
     @override
     def released_networks(self) -> dict[str, nn.Module]:

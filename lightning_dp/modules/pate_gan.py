@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.records import check_positive
+from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.release import Released
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import PublicBasis
@@ -151,9 +151,7 @@ class PATEGAN(TeacherEnsembleGAN):
             self._lead_generator(released, labels, part=step)
             (generator if step == 0 else generator.optimizer).step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        if self.average is not None:
-            self.average.update(self.generator)
-        self._round += 1
+        self.finish_step()
 
     def train_student(
         self, optimizer: torch.optim.Optimizer, fakes: Tensor, labels: Tensor, released: Released

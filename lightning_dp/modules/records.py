@@ -1,15 +1,10 @@
-"""What every method shares that sees Poisson-sampled records: sampler, rate, public randomness, schedule."""
+"""What every method shares that sees Poisson-sampled records: sampler, rate, public randomness."""
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
 
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_dp.accounting.events import Sampling
@@ -19,15 +14,14 @@ from lightning_dp.gradients.poisson import PoissonSampler
 from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.gradients.source import GradientMode, GradientSource
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.base import PrivateModule, PublicFacts
-from lightning_dp.networks.ema import ExponentialMovingAverage
-
-Network = TypeVar("Network", bound=nn.Module)
+from lightning_dp.modules.averaged import AveragedModule
+from lightning_dp.modules.base import PublicFacts
+from lightning_dp.modules.options import check_positive
 
 _MIX = 0x9E3779B97F4A7C15  # spreads consecutive step numbers over the seeds of keyed draws
 
 
-class PoissonModule(PrivateModule):
+class PoissonModule(AveragedModule):
     """A method in which each step sees every record with the same small probability, by its own coin.
 
     Guarantee: realised batches are never counted, logged, or divided by; an empty one is released like any other.
@@ -36,22 +30,17 @@ class PoissonModule(PrivateModule):
         expected_batch_size: Mean number of records of a step, > 0; over the number of records, the sampling rate.
         public_seed: Seed of what is public or belongs to a record by its id (latents, labels of fakes, views of an
             image); not of the noise and not of the sampling. The command line sets it to seed_everything.
-        ema_decay: Decay of the moving average of what is published, in [0, 1); 0 keeps none.
+        ema_decay: See `AveragedModule`.
 
     Raises:
         ConfigurationError: A value is out of range.
     """
 
     def __init__(self, *, expected_batch_size: float, public_seed: int, ema_decay: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(ema_decay=ema_decay)
         check_positive(expected_batch_size=expected_batch_size)
-        check_decay(ema_decay=ema_decay)
         self.expected_batch_size = expected_batch_size
         self.public_seed = public_seed
-        self.ema_decay = ema_decay
-        self.average: ExponentialMovingAverage | None = None
-        self._followed: Callable[[], nn.Module]
-        self._round = 0
         self._sampler: PoissonSampler | None = None
 
     # Public facts ----------------------------------------------------------------------------------------------------
@@ -69,23 +58,6 @@ class PoissonModule(PrivateModule):
     @override
     def sampling(self) -> Sampling:
         return Sampling(scheme="poisson", rate=self.expected_batch_size / self.facts.num_records)
-
-    # The moving average ----------------------------------------------------------------------------------------------
-
-    def keep_average(self, network: nn.Module) -> None:
-        """Keep a moving average of a network that will be published, if one was asked for; call once it is built."""
-        if self.ema_decay > 0:
-            self.average = ExponentialMovingAverage(network, decay=self.ema_decay)
-            self._followed = lambda: network  # not an attribute: its parameters would be listed twice
-
-    def averaged(self, network: Network) -> Network:
-        """Return the moving average of `network`, or the network itself where none is kept."""
-        return network if self.average is None else cast(Network, self.average.network)
-
-    def start_average(self) -> None:
-        """Let the average begin where the network is, after a warm start."""
-        if self.average is not None:
-            self.average.network.load_state_dict(self._followed().state_dict())
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -123,23 +95,6 @@ class PoissonModule(PrivateModule):
     def public_stream(self, purpose: int) -> torch.Generator:
         """Return a generator for one purpose (0 to 7) in this step, on the CPU."""
         return torch.Generator().manual_seed(self.step_seed(purpose))
-
-    def finish_step(self, *, with_average: bool = True) -> None:
-        """Move the average (if what it follows has moved) and count the step; the last call of a training step."""
-        if self.average is not None and with_average:
-            self.average.update(self._followed())
-        self._round += 1
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["round"] = self._round
-        checkpoint["ema_updates"] = 0 if self.average is None else self.average.num_updates
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._round = checkpoint["round"]
-        if self.average is not None:
-            self.average.num_updates = checkpoint["ema_updates"]
 
 
 class RecordModule(PoissonModule):
@@ -223,62 +178,3 @@ class RecordModule(PoissonModule):
         optimizer.step()  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr, call-arg]
         self.finish_step()
-
-
-def with_cosine_schedule(optimizer: Optimizer, *, num_steps: int, final_share: float) -> OptimizerLRScheduler:
-    """Return the optimizer with a learning rate that falls along a half cosine to a share of itself.
-
-    Args:
-        optimizer: The optimizer.
-        num_steps: Steps of the whole run, public.
-        final_share: The last learning rate over the first, in (0, 1]; 1 keeps it.
-    """
-    last = max(1, num_steps)
-
-    def share(step: int) -> float:
-        return final_share + (1 - final_share) * (1 + math.cos(math.pi * min(step, last) / last)) / 2
-
-    return [optimizer], [LambdaLR(optimizer, share)]
-
-
-def check_positive(**values: float) -> None:
-    """Refuse options of a model that are not finite and positive.
-
-    Raises:
-        ConfigurationError: Naming the first one.
-    """
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigurationError(f"Expected a finite model.{name} > 0, got {name}={value}.")
-
-
-def check_share(**values: float) -> None:
-    """Refuse options of a model that are not in (0, 1].
-
-    Raises:
-        ConfigurationError: Naming the first one.
-    """
-    for name, value in values.items():
-        if not 0 < value <= 1:
-            raise ConfigurationError(f"Expected 0 < model.{name} <= 1, got {name}={value}.")
-
-
-def check_decay(**values: float) -> None:
-    """Refuse options of a model that are not in [0, 1).
-
-    Raises:
-        ConfigurationError: Naming the first one.
-    """
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ConfigurationError(f"Expected 0 <= model.{name} < 1, got {name}={value}.")
-
-
-def check_betas(betas: tuple[float, float]) -> None:
-    """Refuse betas that Adam does not take.
-
-    Raises:
-        ConfigurationError: Not two numbers in [0, 1).
-    """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigurationError(f"Expected model.betas to be two numbers in [0, 1), got betas={list(betas)}.")

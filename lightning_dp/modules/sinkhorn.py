@@ -21,8 +21,10 @@ from lightning_dp.losses.transport_cost import PointCloud, TransportCost
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import imitate
-from lightning_dp.modules.records import PoissonModule, check_betas, check_positive, check_share, with_cosine_schedule
+from lightning_dp.modules.options import check_betas, check_images, check_positive, check_share
+from lightning_dp.modules.records import PoissonModule
 from lightning_dp.modules.release import PublicRows, PublicSamples, Released
+from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
 
@@ -111,11 +113,7 @@ class DPSinkhorn(PoissonModule):
     @override
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
-        if data.image_shape != self.generator.image_shape or data.num_classes != self.generator.num_classes:
-            raise ConfigurationError(
-                f"The generator makes images {self.generator.image_shape} of {self.generator.num_classes} classes, but "
-                f"the data are {data.image_shape} of {data.num_classes}; change model.generator or data."
-            )
+        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
 
     @property
     def point_dim(self) -> int:

@@ -20,19 +20,20 @@ from lightning_dp.gradients.energy_teachers import DirectionChunk, PublicShapes
 from lightning_dp.gradients.poisson import PoissonSampler
 from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.averaged import AveragedModule
+from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import imitate
-from lightning_dp.modules.records import check_betas
+from lightning_dp.modules.options import check_betas, check_images, check_positive, check_share
 from lightning_dp.modules.release import PublicRows, PublicSamples
+from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.basis import PublicBasis
-from lightning_dp.networks.ema import ExponentialMovingAverage
 from lightning_dp.networks.generator import Generator
 
 # Purposes of public randomness; each has a stream of its own.
 _LATENT, _LABELS, _TEACHER_LATENT, _POOL = range(4)
 
 
-class TeacherEnsembleGAN(PrivateModule):
+class TeacherEnsembleGAN(AveragedModule):
     """A generator that learns from the released votes of teachers on disjoint shards.
 
     Guarantee: a record reaches one teacher (class-wise: one per label it may have), whose rows the mechanism bounds;
@@ -87,8 +88,8 @@ class TeacherEnsembleGAN(PrivateModule):
         ema_decay: float = 0.0,
         public_seed: int = 0,
     ) -> None:
-        super().__init__()
-        _check_positive(
+        super().__init__(ema_decay=ema_decay)
+        check_positive(
             images_per_step=images_per_step,
             step_size=step_size,
             learning_rate=learning_rate,
@@ -96,16 +97,11 @@ class TeacherEnsembleGAN(PrivateModule):
             expected_judges=1 if expected_judges is None else expected_judges,
         )
         check_betas(betas)
-        if not 0 <= ema_decay < 1:
-            raise ConfigurationError(f"Expected 0 <= model.ema_decay < 1, got ema_decay={ema_decay}.")
-        if not 0 < final_learning_rate_share <= 1:
-            raise ConfigurationError(
-                f"Expected 0 < model.final_learning_rate_share <= 1, got {final_learning_rate_share=}."
-            )
+        check_share(final_learning_rate_share=final_learning_rate_share)
         if not (math.isfinite(repulsion) and repulsion >= 0):
             raise ConfigurationError(f"Expected model.repulsion >= 0, got {repulsion=}.")
         self.generator = generator
-        self.average = ExponentialMovingAverage(generator, decay=ema_decay) if ema_decay > 0 else None
+        self.keep_average(generator)
         self.teachers = teachers
         self.basis = basis
         self.images_per_step = images_per_step
@@ -120,7 +116,6 @@ class TeacherEnsembleGAN(PrivateModule):
         self.betas = betas
         self.final_learning_rate_share = final_learning_rate_share
         self.public_seed = public_seed
-        self._round = 0
         self._sampler: PoissonSampler | None = None
         self._class_wise = teachers.row_structure(images_per_step).class_wise
         if self._class_wise and (expected_judges is not None or accounting != "joint"):
@@ -139,11 +134,7 @@ class TeacherEnsembleGAN(PrivateModule):
     @override
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
-        if data.image_shape != self.generator.image_shape or data.num_classes != self.generator.num_classes:
-            raise ConfigurationError(
-                f"The generator makes images {self.generator.image_shape} of {self.generator.num_classes} classes, but "
-                f"the data are {data.image_shape} of {data.num_classes}; change model.generator or data."
-            )
+        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
         data.teacher_partition(self._num_teachers, method=self.partition, key=self.partition_key)
         if self.expected_judges is not None and self.expected_judges > self._num_teachers:
             raise ConfigurationError(
@@ -219,12 +210,7 @@ class TeacherEnsembleGAN(PrivateModule):
     @override
     def released_generator(self) -> Generator:
         """Return the generator that is sampled and published: the average if there is one."""
-        if self.average is None:
-            return self.generator
-        network = self.average.network
-        if not isinstance(network, Generator):
-            raise TypeError(f"Expected the average of a Generator, got {type(network).__name__}.")
-        return network
+        return self.averaged(self.generator)
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -267,19 +253,14 @@ class TeacherEnsembleGAN(PrivateModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(self.generator.parameter_groups(self.learning_rate), betas=self.betas)
-        last, floor = max(1, self.planned_releases), self.final_learning_rate_share
-
-        def share(step: int) -> float:
-            return floor + (1 - floor) * (1 + math.cos(math.pi * min(step, last) / last)) / 2
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return [optimizer], [schedule]
+        return with_cosine_schedule(
+            optimizer, num_steps=self.planned_releases, final_share=self.final_learning_rate_share
+        )
 
     @override
     def learn_from_samples(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
         imitate(self.generator, samples, steps=steps, learning_rate=learning_rate, seed=seed)
-        if self.average is not None:
-            self.average.network.load_state_dict(self.generator.state_dict())
+        self.start_average()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -298,9 +279,7 @@ class TeacherEnsembleGAN(PrivateModule):
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr, call-arg]
-        if self.average is not None:
-            self.average.update(self.generator)
-        self._round += 1
+        self.finish_step()
 
     def _pool_rows(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
         """Yield the unit vectors from each fake to fresh fakes of its label: public rows."""
@@ -344,19 +323,10 @@ class TeacherEnsembleGAN(PrivateModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["teachers"] = self.teachers.state_dict()
-        checkpoint["round"] = self._round
-        checkpoint["ema_updates"] = 0 if self.average is None else self.average.num_updates
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.teachers.load_state_dict(checkpoint["teachers"])
-        self._round = checkpoint["round"]
-        if self.average is not None:
-            self.average.num_updates = checkpoint["ema_updates"]
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigurationError(f"Expected a finite model.{name} > 0, got {name}={value}.")

@@ -15,8 +15,10 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.keyed import keyed_normal
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import batches, descend
-from lightning_dp.modules.records import RecordModule, check_betas, check_positive, check_share, with_cosine_schedule
+from lightning_dp.modules.options import check_betas, check_images, check_positive, check_share
+from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.release import PublicSamples
+from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.vae import Autoencoder, VAEDecoder, VAEEncoder
 
 _LATENT = 0  # purpose of randomness that belongs to records
@@ -95,11 +97,7 @@ class DPVAE(RecordModule):
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
         decoder = self.autoencoder.decoder
-        if data.image_shape != decoder.image_shape or data.num_classes != decoder.num_classes:
-            raise ConfigurationError(
-                f"The decoder makes images {decoder.image_shape} of {decoder.num_classes} classes, but the data are "
-                f"{data.image_shape} of {data.num_classes}; change model.encoder and model.decoder, or data."
-            )
+        check_images(data, decoder, who="The decoder makes", mend="model.encoder and model.decoder, or data")
 
     @override
     def contribution_spec(self) -> ContributionSpec:

@@ -1,0 +1,64 @@
+"""Methods that count their steps and may publish a moving average of what they train."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.options import check_decay
+from lightning_dp.networks.ema import ExponentialMovingAverage
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class AveragedModule(PrivateModule):
+    """A method with a moving average over its steps, if one is asked for: post-processing of released values.
+
+    Args:
+        ema_decay: Decay of the moving average of what is published, in [0, 1); 0 keeps none.
+
+    Raises:
+        ConfigurationError: The decay is out of range.
+    """
+
+    def __init__(self, *, ema_decay: float) -> None:
+        super().__init__()
+        check_decay(ema_decay=ema_decay)
+        self.ema_decay = ema_decay
+        self.average: ExponentialMovingAverage | None = None
+        self._followed: Callable[[], nn.Module]
+        self._round = 0
+
+    def keep_average(self, network: nn.Module) -> None:
+        """Keep a moving average of a network that will be published, if one was asked for; call once it is built."""
+        if self.ema_decay > 0:
+            self.average = ExponentialMovingAverage(network, decay=self.ema_decay)
+            self._followed = lambda: network  # not an attribute: its parameters would be listed twice
+
+    def averaged(self, network: Network) -> Network:
+        """Return the moving average of `network`, or the network itself where none is kept."""
+        return network if self.average is None else cast(Network, self.average.network)
+
+    def start_average(self) -> None:
+        """Let the average begin where the network is, after a warm start."""
+        if self.average is not None:
+            self.average.network.load_state_dict(self._followed().state_dict())
+
+    def finish_step(self, *, with_average: bool = True) -> None:
+        """Move the average (if what it follows has moved) and count the step; the last call of a training step."""
+        if self.average is not None and with_average:
+            self.average.update(self._followed())
+        self._round += 1
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["round"] = self._round
+        checkpoint["ema_updates"] = 0 if self.average is None else self.average.num_updates
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._round = checkpoint["round"]
+        if self.average is not None:
+            self.average.num_updates = checkpoint["ema_updates"]
