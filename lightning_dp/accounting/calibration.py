@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dp_accounting import NeighboringRelation
 
@@ -70,38 +70,53 @@ def calibrate_noise_multiplier(
     def planned(noise: float) -> Counts:
         return _joined(before, make_event(noise), sampling, num_releases)
 
-    def quick(noise: float) -> float:
-        return quick_epsilon_bound(planned(noise), delta=delta, relation=relation)
-
-    def full(noise: float, *, is_rough: bool = False) -> float:
-        counts = planned(noise)
-        return compute_epsilon(counts, delta=delta, relation=relation, accountant=accountant, is_rough=is_rough).epsilon
-
-    def rough(noise: float) -> float:
-        return full(noise, is_rough=True)
-
-    def amplified(noise: float) -> float:
-        way = NeighboringRelation.ADD_OR_REMOVE_ONE
-        counts = {(_as_add_or_remove(event, relation), how): count for (event, how), count in planned(noise).items()}
-        return 2.0 * quick_epsilon_bound(counts, delta=delta, relation=way)
-
-    is_exact = is_unsampled(canonical_terms(planned(1.0)))
-    near = smallest_noise(
-        quick if is_exact else amplified if relation is NeighboringRelation.REPLACE_ONE else quick,
-        target,
-        guess=1.0,
-        rel_tol=1e-7 if is_exact else 1e-3,
-    )
-    is_final = math.isinf(near) or (is_exact and accountant == "auto")
-    if not (is_final or is_exact):
-        near = smallest_noise(rough, target, guess=near)
-    noise = near if is_final else smallest_noise(full, target, guess=near)
+    curve = _NoiseCurve(planned, delta, relation, accountant)
+    if is_unsampled(canonical_terms(planned(1.0))):
+        noise = smallest_noise(curve.quick, target, guess=1.0, rel_tol=1e-7)
+        if accountant != "auto" and math.isfinite(noise):
+            noise = smallest_noise(curve.full, target, guess=noise)
+    else:
+        near = curve.amplified if relation is NeighboringRelation.REPLACE_ONE else curve.quick
+        noise = smallest_noise(near, target, guess=1.0, rel_tol=1e-3)
+        for exact in (curve.rough, curve.full):
+            noise = noise if math.isinf(noise) else smallest_noise(exact, target, guess=noise)
     if math.isinf(noise):
         raise ConfigurationError(
             f"No noise multiplier reaches target_epsilon={target} at target_delta={delta:g} for "
             f"num_releases={num_releases}. Raise the target or make fewer releases."
         )
     return noise
+
+
+@dataclass(frozen=True)
+class _NoiseCurve:
+    """Epsilon of planned releases over their noise multiplier, by ways that take longer the closer they come."""
+
+    planned: Callable[[float], Counts]
+    delta: float
+    relation: NeighboringRelation
+    accountant: Accountant
+
+    def quick(self, noise: float) -> float:
+        """Return a bound without a privacy loss distribution; exact where nothing is sampled."""
+        return quick_epsilon_bound(self.planned(noise), delta=self.delta, relation=self.relation)
+
+    def amplified(self, noise: float) -> float:
+        """Return a guess under replace-one, where no quick bound knows a gain from sampling: twice add-or-remove."""
+        way = NeighboringRelation.ADD_OR_REMOVE_ONE
+        counts = {(_as_add_or_remove(event), how): count for (event, how), count in self.planned(noise).items()}
+        return 2.0 * quick_epsilon_bound(counts, delta=self.delta, relation=way)
+
+    def rough(self, noise: float) -> float:
+        """Return a bound by distributions on a coarse grid."""
+        return self.full(noise, is_rough=True)
+
+    def full(self, noise: float, *, is_rough: bool = False) -> float:
+        """Return what the claim will state."""
+        counts = self.planned(noise)
+        return compute_epsilon(
+            counts, delta=self.delta, relation=self.relation, accountant=self.accountant, is_rough=is_rough
+        ).epsilon
 
 
 def max_releases(
@@ -179,8 +194,8 @@ def _refuse_non_private(event: ReleaseEvent) -> None:
         )
 
 
-def _as_add_or_remove(event: ReleaseEvent, relation: NeighboringRelation) -> ReleaseEvent:
-    """Return a rough stand-in under add-or-remove-one, to guess by: half the sensitivity costs about half."""
+def _as_add_or_remove(event: ReleaseEvent) -> ReleaseEvent:
+    """Return a rough stand-in for an event under replace-one, to guess by: half the sensitivity costs about half."""
     if isinstance(event, TernaryRelease) or not isinstance(event, GaussianRelease):
         return event
-    return replace(event, noise_std=2.0 * event.noise_std) if relation is NeighboringRelation.REPLACE_ONE else event
+    return replace(event, noise_std=2.0 * event.noise_std)

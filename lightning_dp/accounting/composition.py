@@ -5,10 +5,8 @@ dp-accounting composes. Ours is only the choice between its accountants, the clo
 word. Every candidate is an upper bound that depends on no data, so the smallest of them may be reported.
 """
 
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
@@ -18,10 +16,8 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp import compute_epsilon as convert_rdp
-from numpy.typing import NDArray
 
 from lightning_dp.accounting.events import (
-    AdditiveRelease,
     DiscreteGaussianRelease,
     GaussianRelease,
     NonPrivateRelease,
@@ -33,17 +29,12 @@ from lightning_dp.accounting.events import (
     relation_name,
 )
 from lightning_dp.accounting.gaussian_loss import one_gaussian_release
-from lightning_dp.accounting.sampled_curve import discrete_gaussian_rdp
-from lightning_dp.accounting.ternary import ternary_rdp
-from lightning_dp.accounting.von_mises_fisher import von_mises_fisher_rdp
+from lightning_dp.accounting.renyi import MAX_MU, RDP_ORDERS, library_event, renyi_curve
 from lightning_dp.errors import ConfigurationError
 
 Accountant: TypeAlias = Literal["auto", "gaussian", "pld", "rdp"]
 Counts: TypeAlias = Mapping[tuple[ReleaseEvent, Sampling], int]
 Terms: TypeAlias = tuple[tuple[ReleaseEvent, Sampling, int], ...]
-
-RDP_ORDERS: tuple[float, ...] = tuple(float(order) for order in RdpAccountant().orders)
-"""dp-accounting's default orders, as Python floats."""
 
 _FULL = Sampling(scheme="full")
 _MIN_PLD_NOISE_MULTIPLIER = 0.1  # below it a PLD grid takes gigabytes
@@ -64,7 +55,6 @@ _NO_GAIN = {
     VonMisesFisherRelease: "von Mises-Fisher",
     DiscreteGaussianRelease: "discrete Gaussian",
 }  # without a proof that sampling helps, the last one under replace-one only
-_MAX_RENYI_MU = 1e50  # beyond it, and below its inverse, squares leave the floats; less noise is a sound stand-in
 
 
 @dataclass(frozen=True)
@@ -229,7 +219,7 @@ def _rdp(terms: Terms, delta: float, relation: NeighboringRelation) -> EpsilonRe
     total = np.zeros(len(RDP_ORDERS))
     with np.errstate(over="ignore"):
         for event, sampling, count in terms:
-            total += count * _unit_rdp(event, _FULL if _earns_nothing(event, sampling, relation) else sampling)
+            total += count * renyi_curve(event, _FULL if _earns_nothing(event, sampling, relation) else sampling)
     epsilon = float(convert_rdp(RDP_ORDERS, total, delta)[0])
     notes = []
     if any(isinstance(event, TernaryRelease) and sampling == _FULL for event, sampling, _ in terms):
@@ -244,57 +234,6 @@ def _earns_nothing(event: ReleaseEvent, sampling: Sampling, relation: Neighborin
     if sampling == _FULL or type(event) not in _NO_GAIN:
         return False
     return not isinstance(event, DiscreteGaussianRelease) or relation is NeighboringRelation.REPLACE_ONE
-
-
-@lru_cache(maxsize=1024)
-def _unit_rdp(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
-    """Return the Renyi divergence of one release at `RDP_ORDERS`; the sensitivity already knows the relation."""
-    if isinstance(event, AdditiveRelease) and event.mu > _MAX_RENYI_MU:
-        curve = np.full(len(RDP_ORDERS), np.inf)
-    elif isinstance(event, TernaryRelease) and sampling == _FULL:
-        curve = ternary_rdp(event, RDP_ORDERS)
-    elif isinstance(event, DiscreteGaussianRelease):
-        with _silent_about_skipped_orders(), np.errstate(over="ignore"):
-            curve = discrete_gaussian_rdp(event, sampling, RDP_ORDERS)
-    elif isinstance(event, VonMisesFisherRelease):
-        curve = von_mises_fisher_rdp(event, RDP_ORDERS)  # unsampled: sampling never makes a release worse
-    else:
-        accountant = RdpAccountant(RDP_ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
-        with _silent_about_skipped_orders(), np.errstate(over="ignore"):
-            accountant.compose(_dp_event(event, sampling, factor=1.0))
-        curve = np.asarray(accountant.rdp, dtype=np.float64)
-    # dp-accounting converts a NaN or a negative divergence into epsilon 0; such an order proves nothing.
-    curve = np.where(np.isnan(curve) | (curve < 0.0), np.inf, curve)
-    curve.setflags(write=False)
-    return curve
-
-
-def renyi_curve(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
-    """Return the Renyi divergences of one release at `RDP_ORDERS`, infinity where nothing is proved; read-only.
-
-    Not for Poisson-sampled Gaussians under replace-one, of which it knows nothing.
-    """
-    return _unit_rdp(event, sampling)
-
-
-@contextmanager
-def _silent_about_skipped_orders() -> Iterator[None]:
-    """Hide dp-accounting's warning that it skips an order: it is sound, and a search meets it at every small noise."""
-    logger = logging.getLogger("absl")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was_disabled
-
-
-def _dp_event(event: ReleaseEvent, sampling: Sampling, *, factor: float) -> dp_accounting.DpEvent:
-    """Return dp-accounting's event; factor is noise multiplier over (noise_std / l2_sensitivity)."""
-    if isinstance(event, ZCDPRelease):
-        return dp_accounting.ZCDpEvent(event.rho)  # unsampled: sampling never makes a release worse
-    assert isinstance(event, GaussianRelease)  # non-private events never get here
-    gaussian = dp_accounting.GaussianDpEvent(float(min(factor * event.noise_multiplier, _MAX_RENYI_MU)))
-    return gaussian if sampling == _FULL else dp_accounting.PoissonSampledDpEvent(sampling.rate, gaussian)
 
 
 def _pld_refusal(terms: Terms, delta: float, relation: NeighboringRelation) -> str | None:
@@ -313,7 +252,7 @@ def _pld_refusal(terms: Terms, delta: float, relation: NeighboringRelation) -> s
     factor = _pld_factor(relation)
     rough = RdpAccountant(_GUARD_ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
     for event, sampling, count in terms:
-        rough.compose(_dp_event(event, sampling, factor=factor), count)
+        rough.compose(library_event(event, sampling, factor=factor), count)
     if not factor * rough.get_epsilon(delta) <= _MAX_PLD_EPSILON:
         return f"epsilon is beyond {_MAX_PLD_EPSILON:g}"
     return None
@@ -326,7 +265,7 @@ def _pld(terms: Terms, delta: float, relation: NeighboringRelation, *, is_rough:
     factor = _pld_factor(relation)
     composed = None
     for event, sampling, count in terms:
-        noise_multiplier = float(min(factor * event.noise_multiplier, _MAX_RENYI_MU))  # type: ignore[union-attr]
+        noise_multiplier = float(min(factor * event.noise_multiplier, MAX_MU))  # type: ignore[union-attr]
         if sampling == _FULL:
             part = one_gaussian_release(noise_multiplier / math.sqrt(count), 1.0, relation, interval)
         else:

@@ -19,7 +19,7 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 from scipy.special import logsumexp
 
-from lightning_dp.accounting.composition import RDP_ORDERS, Counts, canonical_terms, has_non_private, renyi_curve
+from lightning_dp.accounting.composition import Counts, canonical_terms, has_non_private
 from lightning_dp.accounting.events import (
     AdditiveRelease,
     GaussianRelease,
@@ -29,6 +29,7 @@ from lightning_dp.accounting.events import (
     VonMisesFisherRelease,
     ZCDPRelease,
 )
+from lightning_dp.accounting.renyi import RDP_ORDERS, renyi_curve
 from lightning_dp.errors import ConfigurationError
 
 Rule: TypeAlias = Literal["gaussian", "renyi"]

@@ -18,25 +18,10 @@ from dp_accounting import NeighboringRelation
 
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, parse_relation
 from lightning_dp.accounting.ledger_file import LedgerContents, LedgerFile, read_ledger_file
+from lightning_dp.accounting.ledger_header import check_same_claim, check_same_data, checked_header
 from lightning_dp.accounting.ledger_lines import Line
-from lightning_dp.accounting.ledger_state import Run, checked_header, make_state, parse_state, runs_beyond, runs_of
+from lightning_dp.accounting.ledger_state import Run, make_state, parse_state, runs_beyond, runs_of
 from lightning_dp.errors import ConfigurationError, LedgerError
-
-_SAME_DATA = ("relation", "unit", "dataset", "fingerprint", "num_records")
-"""Header fields in which two ledgers must agree to be about the same privacy of the same records."""
-
-
-_SAME_CLAIM: dict[str, Any] = {
-    "mechanism": None,
-    "target_delta": None,
-    "accountant": "auto",
-    "conditional_on": [],
-    "unverified": [],
-    "warnings": [],
-    "plan": None,
-    "planned": None,
-}
-"""Header fields on which a claim rests, and what a missing one says: releases keep them wherever they are carried."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +122,7 @@ class PrivacyLedger:
         try:
             contents = ledger._load(Path(path))
             if expected_header is not None:
-                ledger._check_same_data(checked_header(expected_header))
+                check_same_data(ledger._header, checked_header(expected_header))
             file.continue_from(contents)
         except BaseException:
             file.close()
@@ -280,8 +265,8 @@ class PrivacyLedger:
                 or its claim would rest on something else (noise that was not secret, another partition).
         """
         header, theirs = parse_state(state)
-        self._check_same_data(header)
-        self._check_same_claim(header)
+        check_same_data(self._header, header)
+        check_same_claim(self._header, header)
         missing = [
             run
             for writer in dict.fromkeys(run.writer for run in theirs)
@@ -315,26 +300,6 @@ class PrivacyLedger:
         if contents.torn_at is not None and self._runs:
             self._remember(replace(self._runs[-1], count=1))
         return contents
-
-    def _check_same_data(self, header: Mapping[str, Any]) -> None:
-        """Refuse another ledger's header: its releases would be about other records or have another sensitivity."""
-        for name in _SAME_DATA:
-            ours, other = self._header.get(name), header.get(name)
-            if ours != other and (name in ("relation", "unit") or None not in (ours, other)):
-                raise LedgerError(
-                    f"Expected a ledger with {name}={ours!r}, got {name}={other!r}. "
-                    "Only ledgers of the same records under the same relation can be continued or merged."
-                )
-
-    def _check_same_claim(self, header: Mapping[str, Any]) -> None:
-        """Refuse releases whose conditions this header does not state: here they would count as unconditional."""
-        for name, missing in _SAME_CLAIM.items():
-            ours, other = self._header.get(name, missing), header.get(name, missing)
-            if ours != other:
-                raise LedgerError(
-                    f"Expected a ledger with {name}={ours!r}, got {name}={other!r}. Resume with the settings under "
-                    "which its releases were made, or start a new run without that checkpoint."
-                )
 
     def _remember(self, run: Run) -> None:
         if self._runs and self._runs[-1].is_like(run):

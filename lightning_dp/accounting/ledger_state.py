@@ -1,13 +1,13 @@
 """Releases of a ledger as compressed runs: what a checkpoint carries, and what one copy holds beyond another."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_dp.accounting.events import ReleaseEvent, Sampling, event_from_dict, parse_relation, relation_name
+from lightning_dp.accounting.events import ReleaseEvent, Sampling, event_from_dict
+from lightning_dp.accounting.ledger_header import checked_header
 from lightning_dp.accounting.ledger_lines import FORMAT, canonical_json, digest
-from lightning_dp.errors import ConfigurationError, LedgerError
+from lightning_dp.errors import LedgerError
 
 
 @dataclass
@@ -47,41 +47,6 @@ def runs_beyond(ours: list[Run], theirs: list[Run]) -> list[Run]:
             # Ours went on with the same event; theirs may only end here, else the two went separate ways.
             return theirs[place + 1 :]
     return []
-
-
-def checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a header with its format, the relation by name, and everything else as JSON keeps it."""
-    if not isinstance(header, Mapping) or not isinstance(header.get("unit"), str) or not header["unit"]:
-        raise ConfigurationError(
-            f"Expected a ledger header with 'relation' and 'unit' (the privacy unit in words), got header={header!r}."
-        )
-    if header.get("format", FORMAT) != FORMAT:
-        raise ConfigurationError(f"Expected a ledger of format {FORMAT}, got format={header['format']!r}.")
-    _check_types(header)
-    named = dict(header) | {"format": FORMAT, "relation": relation_name(parse_relation(header.get("relation", "")))}
-    try:
-        plain = json.loads(canonical_json(named))
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"Expected a ledger header of JSON values, got header={header!r}: {error}.") from error
-    checked: dict[str, Any] = plain
-    return checked
-
-
-def _check_types(header: Mapping[str, Any]) -> None:
-    """Refuse fields of a run's header that nothing could be computed with, whoever wrote and sealed them."""
-    for name, is_right, expected in (
-        ("num_records", lambda value: type(value) is int and value > 0, "a whole number >= 1"),
-        ("target_delta", lambda value: isinstance(value, float | int) and 0 < value < 1, "a number in (0, 1)"),
-        ("mechanism", lambda value: isinstance(value, str), "a name"),
-        ("accountant", lambda value: isinstance(value, str), "a name"),
-        *((name, _is_texts, "a list of sentences") for name in ("conditional_on", "unverified", "warnings")),
-    ):
-        if (value := header.get(name)) is not None and not is_right(value):
-            raise ConfigurationError(f"Expected {name} in a ledger's header to be {expected}, got {name}={value!r}.")
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def parse_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Run]]:

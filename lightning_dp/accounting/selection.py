@@ -16,7 +16,7 @@ from dp_accounting import NeighboringRelation
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
 
-from lightning_dp.accounting.composition import RDP_ORDERS, Counts, canonical_terms, checked_delta
+from lightning_dp.accounting.composition import Counts, canonical_terms, checked_delta
 from lightning_dp.accounting.events import (
     DiscreteGaussianRelease,
     GaussianRelease,
@@ -26,6 +26,7 @@ from lightning_dp.accounting.events import (
     ZCDPRelease,
     parse_relation,
 )
+from lightning_dp.accounting.renyi import RDP_ORDERS
 from lightning_dp.errors import ConfigurationError
 
 Setting = TypeVar("Setting")

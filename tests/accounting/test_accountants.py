@@ -12,7 +12,7 @@ from dp_accounting.rdp import compute_epsilon as convert_rdp
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_dp.accounting import accountants, composition
+from lightning_dp.accounting import accountants, composition, renyi
 from lightning_dp.accounting.accountants import compute_epsilon, paper_epsilon, quick_epsilon_bound, would_exceed
 from lightning_dp.accounting.events import (
     RELATION_NAMES,
@@ -386,14 +386,14 @@ def test_a_renyi_curve_that_went_wrong_proves_nothing(monkeypatch, bad):
     # the broken twin: dp-accounting turns such a curve into perfect privacy
     assert convert_rdp([2.0, 3.0], [bad, bad], DELTA)[0] == 0
 
-    class Wrong(composition.RdpAccountant):
+    class Wrong(renyi.RdpAccountant):
         rdp = property(lambda self: np.full(len(self.orders), bad))
 
-    composition._unit_rdp.cache_clear()
-    monkeypatch.setattr(composition, "RdpAccountant", Wrong)
+    renyi.renyi_curve.cache_clear()
+    monkeypatch.setattr(renyi, "RdpAccountant", Wrong)
     counts = {(ZCDPRelease(rho=0.123), FULL): 1}
     assert epsilon(counts, accountant="rdp") == math.inf
-    composition._unit_rdp.cache_clear()
+    renyi.renyi_curve.cache_clear()
 
 
 def test_sampled_zcdp_gains_nothing_and_says_so():

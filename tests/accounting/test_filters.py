@@ -8,7 +8,6 @@ import pytest
 from dp_accounting import NeighboringRelation
 
 from lightning_dp.accounting.accountants import compute_epsilon
-from lightning_dp.accounting.composition import RDP_ORDERS
 from lightning_dp.accounting.events import (
     GaussianRelease,
     NonPrivateRelease,
@@ -18,6 +17,7 @@ from lightning_dp.accounting.events import (
     ZCDPRelease,
 )
 from lightning_dp.accounting.filters import best_order, joined, make_filter, replace_one_renyi, rule_for, scaled
+from lightning_dp.accounting.renyi import RDP_ORDERS
 from lightning_dp.errors import ConfigurationError
 
 FULL = Sampling(scheme="full")

@@ -10,7 +10,6 @@ from scipy import special
 
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_releases
-from lightning_dp.accounting.composition import RDP_ORDERS
 from lightning_dp.accounting.events import (
     DiscreteGaussianRelease,
     GaussianRelease,
@@ -19,6 +18,7 @@ from lightning_dp.accounting.events import (
     ZCDPRelease,
     event_from_dict,
 )
+from lightning_dp.accounting.renyi import RDP_ORDERS
 from lightning_dp.accounting.sampled_curve import discrete_gaussian_rdp
 from lightning_dp.errors import ConfigurationError
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from lightning_dp.accounting.composition import RDP_ORDERS
 from lightning_dp.accounting.events import TernaryRelease
+from lightning_dp.accounting.renyi import RDP_ORDERS
 from lightning_dp.accounting.ternary import log_outcomes, renyi_divergence, ternary_rdp, worst_divergence
 
 ORDERS = (1.1, 1.5, 2.0, 3.0, 8.0, 32.0)

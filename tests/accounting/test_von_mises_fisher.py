@@ -12,7 +12,7 @@ from lightning_dp.accounting import (
     event_from_dict,
     max_releases,
 )
-from lightning_dp.accounting.composition import RDP_ORDERS
+from lightning_dp.accounting.renyi import RDP_ORDERS
 from lightning_dp.accounting.von_mises_fisher import log_normaliser, von_mises_fisher_rdp
 from lightning_dp.errors import ConfigurationError
 
