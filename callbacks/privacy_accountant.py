@@ -9,10 +9,11 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_dp.accounting.accountants import would_exceed
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings, RunRequest, needed_by
 from lightning_dp.accounting.claim import PrivacyClaim
 from lightning_dp.accounting.claiming import claim_from_ledger, spent_epsilon
 from lightning_dp.accounting.composition import Counts
-from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest, needed_by
+from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import ledger_plan
@@ -116,6 +117,7 @@ class PrivacyAccountant(pl.Callback):
             self._join_dataset(is_new=True)
             return
         self._ledger = PrivacyLedger.reopen(self.ledger_path)
+        self._check_reservation()
         for name, value in {"dataset_budget": None, **header}.items():
             found = self._ledger.header.get(name)
             # Another plan may be carried out; the first one stays in the ledger, and the claim says what became of it.
@@ -127,6 +129,14 @@ class PrivacyAccountant(pl.Callback):
                     "Resume with the settings of the run, or start a new run in another --run_dir."
                 )
         self._join_dataset(is_new=False)
+
+    def _check_reservation(self) -> None:
+        own, given = self.ledger.header.get("run_id"), self.dataset_budget.reservation
+        if given not in (None, own):
+            self.ledger.close()
+            raise ConfigurationError(
+                f"The ledger {self.ledger_path} is of the run {own}, got dataset_budget.reservation={given}. Drop it."
+            )
 
     def _join_dataset(self, *, is_new: bool) -> None:
         """Reserve what this run may release; a new run that is refused leaves no ledger behind."""
@@ -153,7 +163,7 @@ class PrivacyAccountant(pl.Callback):
             num_releases=self._budget.num_releases,
         )
         name = str(self.ledger_path.parent.absolute())
-        request = RunRequest(run=run, name=name, header=self.ledger.header, needed=needed)
+        request = RunRequest(run=run, name=name, header=self.ledger.header, needed=needed, released=len(self.ledger))
         self._dataset.reserve(self.dataset_budget, [request])
         if len(self.ledger):
             self._note()  # refuses an older copy of the run folder
@@ -180,7 +190,7 @@ class PrivacyAccountant(pl.Callback):
             try:
                 if len(self._ledger):
                     self._note()
-                else:
+                elif self.dataset_budget.reservation is None:  # a share of a list stays with the list
                     self._dataset.give_back(str(self._ledger.header["run_id"]), self._ledger)
             except LedgerError as error:
                 # What is reserved stays reserved, which costs budget and never understates.

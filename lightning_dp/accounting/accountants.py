@@ -158,6 +158,12 @@ def would_exceed(
             if quick_epsilon_bound(further, delta=delta, relation=relation) <= budget:
                 _keep(question, further)
                 return False
+    return _passes(after, extra, question, planned)
+
+
+def _passes(after: Counts, extra: tuple[ReleaseEvent, Sampling], question: _Question, planned: Counts | None) -> bool:
+    """Ask the full accountant: of all releases, of the plan that they are part of, or of the largest allowed count."""
+    budget, delta, relation, accountant = question
     terms = canonical_terms(after)
     if accountant in ("gaussian", "rdp") or has_non_private(terms) or is_unsampled(terms):
         return compute_epsilon(after, delta=delta, relation=relation, accountant=accountant).epsilon > budget
@@ -169,9 +175,7 @@ def would_exceed(
     ((event, sampling, _),) = canonical_terms({extra: 1})
     rest = tuple(term for term in terms if term[:2] != (event, sampling))
     count = next(term[2] for term in terms if term[:2] == (event, sampling))
-    return count > _allowed_count(
-        rest, event, sampling, budget, checked_delta(delta), parse_relation(relation), accountant
-    )
+    return count > _allowed_count(rest, event, sampling, budget, delta, relation, accountant)
 
 
 def _is_part(counts: Counts, whole: Counts) -> bool:

@@ -11,15 +11,13 @@ from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
 from lightning_dp.accounting.events import (
-    AdditiveRelease,
     NonPrivateRelease,
     ReleaseEvent,
     Sampling,
     event_from_dict,
     parse_relation,
 )
-from lightning_dp.accounting.filters import PrivacyFilter, joined, make_filter, scaled, without_non_private
-from lightning_dp.accounting.search import largest_count, smallest_noise
+from lightning_dp.accounting.filters import PrivacyFilter, joined, make_filter, without_non_private
 from lightning_dp.errors import ConfigurationError, LedgerError
 
 FORMAT = 1
@@ -98,29 +96,6 @@ class RunCharge:
     writers: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shortage:
-    """Why runs do not fit.
-
-    Attributes:
-        left: Share of the budget that is left.
-        asked: Share that is asked.
-        num_planned: Releases of the kind that the run makes most.
-        num_releases: How many of them would fit; None where none would, or several runs ask.
-        noise_now: Their noise multiplier.
-        noise_multiplier: The one at which all of them would fit; None where there is none.
-        epsilon: What they would cost by themselves under that noise, at the budget's delta.
-    """
-
-    left: float
-    asked: float
-    num_planned: int
-    num_releases: int | None
-    noise_now: float
-    noise_multiplier: float | None
-    epsilon: float | None
-
-
 @dataclass
 class BudgetState:
     """Terms and reservations.
@@ -171,48 +146,6 @@ class BudgetState:
         """
         return self.has_released and self.spent > 1.0
 
-    def shortage(self, asked: Sequence[Counts]) -> Shortage | None:
-        """Return why releases do not fit into what is left; None if they do.
-
-        The first list was planned before any release on these records, so an accountant may let it through.
-
-        Args:
-            asked: What each run of one list asks beyond what it holds.
-        """
-        terms, relation = self.terms, parse_relation(self.terms.relation)
-        wanted = without_non_private(joined(*asked))
-        if not wanted:
-            return None
-        if self.is_untouched and self._composed(wanted, terms.delta).epsilon <= terms.epsilon:
-            return None
-        rule = terms.filter
-        before = rule.total(without_non_private(self.counts), relation)
-        cost = rule.total(wanted, relation)
-        # Compared as one sum, so that two orders of the same reservations cannot differ in the last bit.
-        if rule.total(joined(without_non_private(self.counts), wanted), relation) <= rule.limit:
-            return None
-        left = max(0.0, rule.limit - before)
-        own = max(wanted, key=lambda key: wanted[key])
-        rest = cost - wanted[own] * rule.total({own: 1}, relation)
-        fitting = largest_count(lambda n: rest + n * rule.total({own: 1}, relation), left)
-
-        def louder(factor: float) -> float:
-            counts = scaled(wanted, factor)
-            return math.inf if counts is None else rule.total(counts, relation)
-
-        factor = smallest_noise(louder, left, guess=2.0) if left > 1e-6 * rule.limit else math.inf
-        now = own[0].noise_multiplier if isinstance(own[0], AdditiveRelease) else math.nan
-        quieter = scaled(wanted, factor) if math.isfinite(factor) else None
-        return Shortage(
-            left=left / rule.limit,
-            asked=cost / rule.limit,
-            num_planned=wanted[own],
-            num_releases=fitting if fitting > 0 and len(asked) == 1 else None,
-            noise_now=now,
-            noise_multiplier=factor * now if math.isfinite(factor * now) else None,
-            epsilon=self._composed(quieter, terms.delta).epsilon if quieter is not None else None,
-        )
-
     def claim(self, delta: float | None = None) -> PrivacyClaim:
         """Return what may be claimed of everything that these runs released and will release.
 
@@ -248,11 +181,11 @@ class BudgetState:
         """
         if any(charge.level is not ClaimLevel.PROVED for charge in self.runs.values()):
             return None
-        return self._composed(self.counts, self.terms.delta if delta is None else delta)
+        return self.composition(self.counts, self.terms.delta if delta is None else delta)
 
     def _guaranteed(self, delta: float) -> EpsilonResult:
         if not self.counts or self.is_fixed_list:
-            return self._composed(self.counts, delta)
+            return self.composition(self.counts, delta)
         rule = self.terms.filter
         if self.spent > 1.0:  # only a first list may, and nothing is admitted after it
             raise LedgerError(f"{self.path} reserves more than its budget allows; it was not written by this program.")
@@ -260,7 +193,8 @@ class BudgetState:
         note = "epsilon is that of the data set's budget, which holds however its runs are chosen in view of each other"
         return EpsilonResult(rule.epsilon_at(delta), name, (note,))
 
-    def _composed(self, counts: Counts, delta: float) -> EpsilonResult:
+    def composition(self, counts: Counts, delta: float) -> EpsilonResult:
+        """Return what an accountant says of one list of releases on this data set."""
         return compute_epsilon(counts, delta=delta, relation=self.terms.relation)
 
 

@@ -5,95 +5,33 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from lightning_dp.accounting.accountants import checked_delta, compute_epsilon
+from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.budget_file import BudgetFile, LockedBudgetFile
+from lightning_dp.accounting.budget_request import (
+    DatasetBudgetSettings,
+    RunRequest,
+    check_known,
+    check_level,
+    check_same_data,
+    check_terms,
+    unit_of,
+)
+from lightning_dp.accounting.budget_shortage import Shortage, do_fit, shortage_of
 from lightning_dp.accounting.budget_state import (
     BudgetState,
     BudgetTerms,
     RunCharge,
-    Shortage,
     state_of,
 )
 from lightning_dp.accounting.claim import ClaimLevel
-from lightning_dp.accounting.claiming import plan_level
 from lightning_dp.accounting.composition import Counts
-from lightning_dp.accounting.events import ReleaseEvent, Sampling, parse_relation
-from lightning_dp.accounting.filters import Rule, best_order, joined, rule_for, without_non_private
+from lightning_dp.accounting.events import parse_relation
+from lightning_dp.accounting.filters import best_order, joined, rule_for, without_non_private
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import plan_header
 from lightning_dp.errors import BudgetExceededError, ConfigurationError, LedgerError
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetBudgetSettings:
-    """The budget that all runs on one data set share, as flags.
-
-    The first run fixes epsilon, delta, relation and rule in the folder; later runs may leave them out.
-
-    Args:
-        folder: Folder of the budget; null leaves this run out of any.
-        epsilon: Epsilon that all runs together may spend; needed by the first run.
-        delta: Its delta (default: the first run's privacy.target_delta).
-        rule: gaussian (exact; runs with Gaussian noise and no sampling only) or renyi (all runs, about a tenth more
-            noise); default: gaussian if the first run allows it. Either holds for runs chosen in view of earlier ones.
-        allow_unproved: Admit a run whose claim would not be PROVED. No epsilon can be stated of the data set then.
-        reservation: Name under which a comparison has reserved this run already.
-    """
-
-    folder: str | None = None
-    epsilon: float | None = None
-    delta: float | None = None
-    rule: Rule | None = None
-    allow_unproved: bool = False
-    reservation: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise ConfigurationError(f"Expected a finite dataset_budget.epsilon > 0, got epsilon={self.epsilon}.")
-        if self.delta is not None:
-            checked_delta(self.delta)
-        if self.rule is not None and self.rule not in get_args(Rule):
-            raise ConfigurationError(f"Expected dataset_budget.rule gaussian or renyi, got rule={self.rule!r}.")
-        given = [name for name in ("epsilon", "delta", "rule", "reservation") if getattr(self, name) is not None]
-        if self.folder is None and (given or self.allow_unproved):
-            name = given[0] if given else "allow_unproved"
-            raise ConfigurationError(
-                f"dataset_budget.{name} needs the folder of a budget: add --dataset_budget.folder."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """What a run asks of the budget.
-
-    Attributes:
-        run: Its id, as in the header of its ledger.
-        name: What a reader calls it.
-        header: Public facts as its ledger's header holds them: relation, unit, dataset, fingerprint, target_delta,
-            mechanism, conditional_on, unverified.
-        needed: Everything it may release in all: what it has released, and what is left of its plan.
-    """
-
-    run: str
-    name: str
-    header: Mapping[str, Any]
-    needed: Counts
-
-    @property
-    def level(self) -> ClaimLevel:
-        """How much of its claim will be proved."""
-        return plan_level(
-            self.needed,
-            unverified=self.header.get("unverified", ()),
-            conditional_on=self.header.get("conditional_on", ()),
-        )
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """What its claim rests on beyond a proof."""
-        return (*self.header.get("unverified", ()), *self.header.get("conditional_on", ()))
 
 
 @dataclass
@@ -125,6 +63,10 @@ class DatasetBudget:
             LedgerError: Missing, altered or cut.
         """
         return state_of(self._file.read(), self._file.path)
+
+    def exists(self) -> bool:
+        """Tell whether the folder holds a budget."""
+        return self._file.exists()
 
     def check(self, settings: DatasetBudgetSettings, requests: Sequence[RunRequest]) -> None:
         """Refuse what `reserve` would refuse now, without writing anything.
@@ -160,6 +102,21 @@ class DatasetBudget:
                 file.append({"kind": "reserve", "runs": missing})
             return state.terms.id
 
+    def fitting(self, settings: DatasetBudgetSettings, requests: Sequence[RunRequest]) -> list[int]:
+        """Return which of several runs would fit together now, found by taking each in turn that still fits.
+
+        Args:
+            settings: As in `reserve`.
+            requests: The runs that were refused together.
+        """
+        state = self.state() if self._file.exists() else self._opened(settings, requests)
+        chosen: list[int] = []
+        for index in range(len(requests)):
+            asked = [lacking(state, requests[place]) for place in (*chosen, index)]
+            if do_fit(state, asked):
+                chosen.append(index)
+        return chosen
+
     def note(self, run: str, ledger: PrivacyLedger) -> None:
         """Write down how far each process of a run has come: before its first release, and when it ends.
 
@@ -176,12 +133,14 @@ class DatasetBudget:
             if any(charge.writers.get(writer) != count for writer, count in writers.items()):
                 file.append({"kind": "seen", "run": run, "writers": writers})
 
-    def give_back(self, run: str, ledger: PrivacyLedger) -> None:
+    def give_back(self, run: str, ledger: PrivacyLedger | None) -> None:
         """Return the reservation of a run that has released nothing.
+
+        A process that began it elsewhere meanwhile finds no reservation when it is about to draw its first noise.
 
         Args:
             run: Its id.
-            ledger: Its ledger, open for writing, so that no process of the run is at work.
+            ledger: Its ledger, open for writing, so that no process of the run is at work; None if it never began one.
 
         Raises:
             ConfigurationError: Something was released, so its plan stays charged.
@@ -189,11 +148,11 @@ class DatasetBudget:
         """
         with self._file.locked() as file:
             charge = self._charge(file, run)
-            if ledger.path is None or ledger.header.get("run_id") != run:
+            if ledger is not None and (ledger.path is None or ledger.header.get("run_id") != run):
                 raise ConfigurationError(f"Expected the open ledger of run {run}; only it can show that it is empty.")
-            if len(ledger) or charge.writers:
+            if made := max(len(ledger or ()), sum(charge.writers.values())):
                 raise ConfigurationError(
-                    f"Run {charge.name!r} has made {max(len(ledger), sum(charge.writers.values()))} releases, so its "
+                    f"Run {charge.name!r} has made {made} releases, so its "
                     "whole plan stays charged: a claim states the plan, whatever made the run stop."
                 )
             if state_of(file.lines, self._file.path).is_indivisible:
@@ -243,15 +202,13 @@ class DatasetBudget:
         self, state: BudgetState, settings: DatasetBudgetSettings, requests: Sequence[RunRequest]
     ) -> list[dict[str, Any]]:
         """Return the part of a reserve line for each run that lacks something, if all of it together is admitted."""
-        _check_terms(state.terms, settings, self.folder)
+        check_terms(state.terms, settings, self.folder)
         lines, missing = [], []
         for request in requests:
-            _check_same_data(state.terms, request.header)
-            charge = state.runs.get(request.run)
-            held: Counts = {} if charge is None else charge.counts
-            lacking = {key: n - held.get(key, 0) for key, n in request.needed.items() if n > held.get(key, 0)}
-            if lacking:
-                _check_level(request, settings, self.folder)
+            check_same_data(state.terms, request.header)
+            check_known(request, is_held=request.run in state.runs, folder=self.folder)
+            if lacks := lacking(state, request):
+                check_level(request, settings, self.folder)
                 lines.append(
                     {
                         "run": request.run,
@@ -259,73 +216,20 @@ class DatasetBudget:
                         "mechanism": str(request.header.get("mechanism", "unknown")),
                         "level": str(request.level),
                         "reasons": list(request.reasons),
-                        "planned": plan_header(lacking),
+                        "planned": plan_header(lacks),
                     }
                 )
-                missing.append(lacking)
-        if shortage := state.shortage(missing):
+                missing.append(lacks)
+        if shortage := shortage_of(state, missing):
             raise BudgetExceededError(_refusal(shortage, state.terms, self.folder))
         return lines
 
 
-def needed_by(
-    ledger: PrivacyLedger, *, planned: Counts, next_release: tuple[ReleaseEvent, Sampling] | None, num_releases: int
-) -> Counts:
-    """Return everything that a run may release in all: its plan, or what it has released and what is left.
-
-    Args:
-        ledger: Its ledger.
-        planned: Its plan.
-        next_release: What each coming release will be; None where only the plan is known.
-        num_releases: Releases that it may make in all.
-    """
-    counts = ledger.counts()
-    if not counts or next_release is None:
-        return {key: max(planned.get(key, 0), counts.get(key, 0)) for key in (*planned, *counts)}
-    left = max(0, num_releases - len(ledger))
-    return {**counts, next_release: counts.get(next_release, 0) + left}
-
-
-def unit_of(unit: str) -> str:
-    """Return the unit of a data set's budget: every unit of ours is one record, reached in one way or another."""
-    return unit.partition(" (")[0]
-
-
-def _check_terms(terms: BudgetTerms, settings: DatasetBudgetSettings, folder: Path) -> None:
-    """Refuse flags that say something else than the budget, which was fixed by its first run."""
-    for name in ("epsilon", "delta", "rule"):
-        asked, fixed = getattr(settings, name), getattr(terms, name)
-        if asked is not None and asked != fixed:
-            raise ConfigurationError(
-                f"The budget in {folder} was fixed with {name}={fixed}, got dataset_budget.{name}={asked}. Drop it."
-            )
-
-
-def _check_same_data(terms: BudgetTerms, header: Mapping[str, Any]) -> None:
-    """Refuse a run on other records, or under another relation: two relations are never one number."""
-    given = {
-        "dataset": str(header.get("dataset", "unknown")),
-        "fingerprint": str(header.get("fingerprint", "unknown")),
-        "relation": str(header["relation"]),
-        "unit": unit_of(str(header["unit"])),
-    }
-    for name, value in given.items():
-        fixed = getattr(terms, name)
-        if value != fixed:
-            raise ConfigurationError(
-                f"Expected a run with {name}={fixed!r}, for which this data set's budget was opened, got "
-                f"{name}={value!r}. Runs on other records, or under another relation, need a folder of their own."
-            )
-
-
-def _check_level(request: RunRequest, settings: DatasetBudgetSettings, folder: Path) -> None:
-    if request.level is ClaimLevel.PROVED or settings.allow_unproved:
-        return
-    reasons = f" ({'; '.join(request.reasons)})" if request.reasons else ""
-    raise ConfigurationError(
-        f"A run whose claim would be {request.level}{reasons} leaves the budget in {folder} without an epsilon. Add "
-        "--dataset_budget.allow_unproved true if that is meant, or leave --dataset_budget.folder out and answer for it."
-    )
+def lacking(state: BudgetState, request: RunRequest) -> Counts:
+    """Return what a run asks beyond what it holds."""
+    charge = state.runs.get(request.run)
+    held: Counts = {} if charge is None else charge.counts
+    return {key: count - held.get(key, 0) for key, count in request.needed.items() if count > held.get(key, 0)}
 
 
 def _refusal(shortage: Shortage, terms: BudgetTerms, folder: Path) -> str:
@@ -336,6 +240,9 @@ def _refusal(shortage: Shortage, terms: BudgetTerms, folder: Path) -> str:
     if shortage.epsilon is not None:
         noise = f", noise multiplier about {shortage.noise_multiplier:.4g}" if shortage.noise_multiplier else ""
         fits.append(f"the same at an epsilon of {math.floor(1000 * shortage.epsilon) / 1000:g}{noise}")
+    if shortage.num_runs > 1:
+        fits = fits[-1:] if shortage.epsilon is not None else []
+        fits = [f"{part.partition(',')[0]} for all {shortage.num_runs} runs together" for part in fits]
     would = f"What would fit: {', or '.join(fits)}" if fits else "Nothing of this kind would fit"
     return (
         f"This would cross the budget of {terms.dataset} in {folder} (epsilon={terms.epsilon:g}, "

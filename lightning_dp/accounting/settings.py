@@ -95,37 +95,51 @@ def resolve_budget(
     Raises:
         ConfigurationError: Too few or contradictory settings.
     """
-    target, noise, delta = settings.target_epsilon, settings.noise_multiplier, settings.target_delta
-    relation, num_before = settings.relation, sum((before or {}).values())
-    if target is not None and noise is None:
-        if max_steps is None:
-            raise ConfigurationError(
-                f"privacy.target_epsilon={target} alone fixes neither noise nor length: "
-                "add --trainer.max_steps (noise is calibrated) or --privacy.noise_multiplier (length follows)."
-            )
+    num_before = sum((before or {}).values())
+    if settings.noise_multiplier is not None:
+        event = make_event(settings.noise_multiplier)
+        length, epsilon = _length(settings, event, sampling, max_steps, before)
+        noise = settings.noise_multiplier
+    elif settings.target_epsilon is not None:
+        length, epsilon = _given_length(settings.target_epsilon, max_steps), settings.target_epsilon
         noise = calibrate_noise_multiplier(
-            target_epsilon=target,
-            target_delta=delta,
-            num_releases=max_steps,
+            target_epsilon=epsilon,
+            target_delta=settings.target_delta,
+            num_releases=length,
             make_event=make_event,
             sampling=sampling,
-            relation=relation,
+            relation=settings.relation,
             accountant=settings.accountant,
             before=before,
         )
-        return PrivacyBudget(
-            noise_multiplier=noise,
-            num_releases=num_before + max_steps,
-            epsilon=target,
-            delta=delta,
-            num_before=num_before,
-        )
-    if noise is None:
+    else:
         raise ConfigurationError(
             "No privacy setting: give --privacy.target_epsilon or --privacy.noise_multiplier "
             "(or --mechanism NoPrivacy for a run without noise)."
         )
-    event = make_event(noise)
+    return PrivacyBudget(
+        noise_multiplier=noise,
+        num_releases=num_before + length,
+        epsilon=epsilon,
+        delta=settings.target_delta,
+        num_before=num_before,
+    )
+
+
+def _given_length(target: float, max_steps: int | None) -> int:
+    if max_steps is None:
+        raise ConfigurationError(
+            f"privacy.target_epsilon={target} alone fixes neither noise nor length: "
+            "add --trainer.max_steps (noise is calibrated) or --privacy.noise_multiplier (length follows)."
+        )
+    return max_steps
+
+
+def _length(
+    settings: PrivacySettings, event: ReleaseEvent, sampling: Sampling, max_steps: int | None, before: Counts | None
+) -> tuple[int, float]:
+    """Return how many releases of a given noise the run makes, and the epsilon that they keep."""
+    target, noise, delta = settings.target_epsilon, settings.noise_multiplier, settings.target_delta
     if target is None:
         if max_steps is None:
             raise ConfigurationError(
@@ -134,20 +148,14 @@ def resolve_budget(
             )
         counts = dict(before or {})
         counts[event, sampling] = counts.get((event, sampling), 0) + max_steps
-        spent = compute_epsilon(counts, delta=delta, relation=relation, accountant=settings.accountant)
-        return PrivacyBudget(
-            noise_multiplier=noise,
-            num_releases=num_before + max_steps,
-            epsilon=spent.epsilon,
-            delta=delta,
-            num_before=num_before,
-        )
+        spent = compute_epsilon(counts, delta=delta, relation=settings.relation, accountant=settings.accountant)
+        return max_steps, spent.epsilon
     allowed = max_releases(
         event=event,
         sampling=sampling,
         target_epsilon=target,
         target_delta=delta,
-        relation=relation,
+        relation=settings.relation,
         accountant=settings.accountant,
         before=before,
     )
@@ -161,10 +169,4 @@ def resolve_budget(
             f"Contradictory settings: privacy.noise_multiplier={noise} allows {allowed} releases within "
             f"privacy.target_epsilon={target}, but trainer.max_steps={max_steps}. Drop one of the three."
         )
-    return PrivacyBudget(
-        noise_multiplier=noise,
-        num_releases=num_before + min(allowed, max_steps or allowed),
-        epsilon=target,
-        delta=delta,
-        num_before=num_before,
-    )
+    return min(allowed, max_steps or allowed), target

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -110,6 +112,7 @@ class Grid:
         data: Data sets.
         methods: Methods.
         settings: Settings of every cell.
+        dataset_budget: The budget that all cells share; null leaves them out of any.
     """
 
     name: str
@@ -121,6 +124,7 @@ class Grid:
     data: tuple[Choice, ...]
     methods: tuple[Method, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    dataset_budget: DatasetBudgetSettings | None = None
 
     def cells(self) -> tuple[Cell, ...]:
         """Return every combination, seeds outermost, so that one run of everything comes before the second."""
@@ -140,6 +144,8 @@ class Grid:
         layers = (self.settings, data.settings, method.settings, *(preset.settings for preset in presets))
         for layer in (*layers, mechanism.settings):
             config = merge(config, layer)
+        if self.dataset_budget is not None:
+            config.pop("dataset_budget", None)  # of a configuration that is also run by itself
         is_plain = mechanism.label == _class_name(mechanism.class_path)
         privacy = {
             "neighboring_relation": self.relation,

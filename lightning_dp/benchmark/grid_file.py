@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_dp.accounting.accountants import checked_delta
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings
 from lightning_dp.accounting.events import parse_relation, relation_name
 from lightning_dp.benchmark.grid import Choice, Grid, Method, Preset
 from lightning_dp.errors import ConfigurationError
@@ -17,8 +18,9 @@ from lightning_dp.errors import ConfigurationError
 DEFAULT_SEEDS = (1, 2, 3)
 """Three, since fewer say nothing about the spread."""
 
-_GRID_KEYS = ("name", "privacy", "epsilons", "seeds", "data", "methods", "settings")
+_GRID_KEYS = ("name", "privacy", "epsilons", "seeds", "data", "methods", "settings", "dataset_budget")
 _PRIVACY_KEYS = ("neighboring_relation", "target_delta", "accountant")
+_BUDGET_KEYS = ("folder", "epsilon", "delta", "rule", "allow_unproved")
 _METHOD_KEYS = ("config", "mechanisms", "settings", "by_data", "by_epsilon")
 _CHOICE_KEYS = ("class_path", "init_args", "settings")
 _OWN_KEYS = {
@@ -27,6 +29,7 @@ _OWN_KEYS = {
     "data": "list it under data",
     "seed_everything": "list it under seeds",
     "name": "a cell is named after its method",
+    "dataset_budget": "the grid states it once, for every cell",
     "run_dir": "the comparison chooses the run folders",
     "ckpt_path": "the comparison resumes by itself",
     "wandb_group": "the comparison is the group",
@@ -78,9 +81,25 @@ def load_grid(path: Path | str) -> Grid:
         data=_choices(values["data"], "data"),
         methods=tuple(_method(str(label), given, path.parent) for label, given in methods.items()),
         settings=_settings(values.get("settings"), "settings"),
+        dataset_budget=_dataset_budget(values.get("dataset_budget")),
     )
     _check_names(grid)
     return grid
+
+
+def _dataset_budget(given: Any) -> DatasetBudgetSettings | None:
+    if given is None:
+        return None
+    values = _mapping(given, "dataset_budget")
+    _check_keys(values, _BUDGET_KEYS, needed=_BUDGET_KEYS[:1], where="dataset_budget")
+    for name in ("epsilon", "delta"):
+        if values.get(name) is not None:
+            _number(values[name], f"dataset_budget.{name}")
+    if not isinstance(values.get("allow_unproved", False), bool):
+        raise ConfigurationError(
+            f"Expected dataset_budget.allow_unproved to be true or false, got {values['allow_unproved']!r}."
+        )
+    return DatasetBudgetSettings(**{**values, "folder": _text(values["folder"], "dataset_budget.folder")})
 
 
 def _method(label: str, given: Any, folder: Path) -> Method:

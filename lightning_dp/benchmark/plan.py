@@ -4,9 +4,12 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
+
+RESERVATIONS_FILE = "reservations.json"
+"""Holds the names under which a comparison's runs have reserved."""
 
 _NOT_THE_RESULT = (
     *("name", "run_dir", "ckpt_path", "checkpoint_every"),
@@ -27,12 +30,14 @@ class CellPlan:
         is_private: Whether its mechanism bounds anything.
         noise_multiplier: Calibrated noise std / L2 sensitivity; None without privacy.
         num_releases: Planned releases.
+        header: Public facts of the run, as the header of its ledger will hold them; what a budget asks for.
     """
 
     resolved: Mapping[str, Any]
     is_private: bool
     noise_multiplier: float | None
     num_releases: int
+    header: Mapping[str, Any] = field(default_factory=dict)
 
 
 Planner: TypeAlias = Callable[[Path], CellPlan]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_dp.accounting.budget_state import BudgetState
 from lightning_dp.benchmark.document import (
     Bullets,
     Figure,
@@ -37,7 +38,9 @@ _TITLES = {"fid": "FID", "kid": "KID", "accuracy/cnn": "accuracy, CNN", "accurac
 _PLOTTED = ("accuracy/test", "accuracy/cnn", "accuracy/mlp", "accuracy/logistic", "fid")
 
 
-def write_report(folder: Path, records: Sequence[CellRecord], *, name: str, delta: float) -> list[Spending]:
+def write_report(
+    folder: Path, records: Sequence[CellRecord], *, name: str, delta: float, budgets: Sequence[BudgetState] = ()
+) -> list[Spending]:
     """Write `report.md` with its figures, `report.html` and `spending.json` into a comparison's folder.
 
     Args:
@@ -45,6 +48,7 @@ def write_report(folder: Path, records: Sequence[CellRecord], *, name: str, delt
         records: One per cell; only their status, reason and card's path are used.
         name: Name of the comparison.
         delta: Delta of the comparison.
+        budgets: Budgets of data sets in which its runs are.
 
     Returns: What all runs together spent, per data set.
 
@@ -52,7 +56,7 @@ def write_report(folder: Path, records: Sequence[CellRecord], *, name: str, delt
         ConfigurationError: A card that a record names cannot be read, or a ledger is altered.
     """
     results = [_result(folder, record) for record in records if record.card is not None]
-    spent = total_spending(read_ledgers(folder), delta=delta)
+    spent = total_spending(read_ledgers(folder), delta=delta, budgets=budgets)
     parts = report_parts(name, records, results, spent)
     write_markdown(parts, folder / MARKDOWN_FILE)
     write_page(parts, folder / PAGE_FILE)

@@ -25,6 +25,7 @@ from lightning_dp.benchmark.records import (
     read_records,
     write_records,
 )
+from lightning_dp.benchmark.reservations import Reservations, Share
 from lightning_dp.benchmark.selection import ALL_CELLS, Selection
 from lightning_dp.errors import ConfigurationError
 
@@ -63,6 +64,11 @@ class _Job:
     run_dir: Path
     resumes: bool
 
+    @property
+    def share(self) -> Share:
+        """What it asks of the budget of its data set."""
+        return Share(cell=self.cell.id, data=self.cell.data, run_dir=self.run_dir, plan=self.plan)
+
 
 class Comparison:
     """The cells of a grid and the folder in which their runs live.
@@ -79,6 +85,7 @@ class Comparison:
 
     Attributes:
         records: One record per cell, in the grid's order.
+        reservations: The cells' shares in the budgets of their data sets; None for a comparison outside of any.
     """
 
     def __init__(
@@ -91,6 +98,8 @@ class Comparison:
         self._wandb = wandb
         self._threads = threads
         self._jobs: list[_Job] = []
+        budget = grid.dataset_budget
+        self.reservations = None if budget is None else Reservations(self.folder, budget)
 
     def plan(self, reporter: Reporter, selection: Selection = ALL_CELLS) -> None:
         """Calibrate the noise of every chosen cell, and refuse those that cannot be, before anything runs.
@@ -164,6 +173,8 @@ class Comparison:
             job, record = self._look_up(cell, plan)
         except ConfigurationError as error:
             return open_record(cell, "failed", plan=plan, reason=str(error))
+        if job is not None and self.reservations and (reason := self.reservations.refusal(job.share)) is not None:
+            return open_record(cell, "refused", plan=plan, reason=reason)
         if job is not None:
             self._jobs.append(job)
         return record
@@ -182,15 +193,29 @@ class Comparison:
                 return _Job(cell=cell, plan=plan, key=key, run_dir=run_dir, resumes=True), waiting
         raise AssertionError("itertools.count ends")
 
+    def check_budget(self) -> None:
+        """Refuse what `run` would refuse now for want of budget; writes nothing.
+
+        Raises:
+            ConfigurationError: The cells that `plan` queued do not fit into the budgets of their data sets.
+        """
+        if self.reservations is not None:
+            self.reservations.check([job.share for job in self._jobs])
+
     def run(self, backend: Backend, reporter: Reporter) -> None:
         """Run the cells that `plan` queued; a failed one is recorded and the others go on.
 
+        Under a budget all of them are reserved before the first runs.
+
         Raises:
+            ConfigurationError: They do not fit into the budgets of their data sets: then none runs.
             KeyboardInterrupt: After the running cells were interrupted and recorded; the same call goes on later.
         """
         queue = deque(self._jobs)
         running: dict[str, _Job] = {}
-        with self._locked():
+        with only_here(self.folder):
+            if self.reservations is not None:
+                self.reservations.reserve([job.share for job in self._jobs])
             try:
                 while queue or running:
                     while queue and len(running) < backend.slots:
@@ -230,7 +255,11 @@ class Comparison:
         arguments = ["fit", "--config", str(self._request_file(job.cell)), "--run_dir", str(job.run_dir)]
         return Task(
             name=job.cell.id,
-            arguments=(*arguments, *(("--ckpt_path", "last") if job.resumes else ())),
+            arguments=(
+                *arguments,
+                *(("--ckpt_path", "last") if job.resumes else ()),
+                *(self.reservations.flags(job.share) if self.reservations is not None else ()),
+            ),
             folder=Path.cwd(),
             log=self.folder / _LOGS_FOLDER / job.cell.id,
             threads=self._threads,
@@ -259,17 +288,25 @@ class Comparison:
     def _request_file(self, cell: Cell) -> Path:
         return self.folder / _REQUESTS_FOLDER / f"{cell.id}.yaml"
 
-    @contextmanager
-    def _locked(self) -> Iterator[IO[str]]:
-        """Keep a second process from running the same comparison."""
-        with (self.folder / _LOCK_FILE).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigurationError(
-                    f"Another process runs the comparison in {self.folder}. Wait for it, or give another --out."
-                ) from None
-            yield file
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[IO[str]]:
+    """Keep a second process from running the same comparison.
+
+    Args:
+        folder: The comparison's folder.
+
+    Raises:
+        ConfigurationError: One does.
+    """
+    with (folder / _LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigurationError(
+                f"Another process runs the comparison in {folder}. Wait for it, or give another --out."
+            ) from None
+        yield file
 
 
 def _can_go_on(run_dir: Path, plan: CellPlan) -> bool:

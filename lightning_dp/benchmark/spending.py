@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.run_folder import LEDGER_FILE
+from lightning_dp.accounting.budget_state import BudgetState
 from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
 from lightning_dp.accounting.claiming import ledger_level, make_claim
 from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
@@ -33,6 +34,7 @@ class Spending:
         num_proved: Those whose claim is PROVED.
         whole: What may be claimed of everything together.
         proved: What may be claimed of the PROVED runs alone, together; None where there are none, or all are.
+        budget: The data set's budget, all runs in it included; None for a comparison outside of any.
     """
 
     dataset: str
@@ -40,13 +42,17 @@ class Spending:
     num_proved: int
     whole: PrivacyClaim
     proved: PrivacyClaim | None
+    budget: BudgetState | None = None
 
     def lines(self) -> list[str]:
         """Return what a reader has to know, plainly, one sentence a line."""
         first = f"{self.dataset}: all {self.num_runs} runs together: {self.whole.statement()}"
-        if self.proved is None:
-            return [first]
-        return [first, f"{self.dataset}: the {self.num_proved} PROVED runs alone, together: {self.proved.statement()}"]
+        lines = [first]
+        if self.proved is not None:
+            lines.append(
+                f"{self.dataset}: the {self.num_proved} PROVED runs alone, together: {self.proved.statement()}"
+            )
+        return lines if self.budget is None else [*lines, budget_line(self.budget)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-able values."""
@@ -56,7 +62,18 @@ class Spending:
             "num_proved": self.num_proved,
             "whole": self.whole.to_dict(),
             "proved": self.proved.to_dict() if self.proved else None,
+            **({} if self.budget is None else {"dataset_budget": self.budget.claim().to_dict()}),
         }
+
+
+def budget_line(state: BudgetState) -> str:
+    """Return what is reserved in the budget of a data set, by this comparison and others."""
+    terms = state.terms
+    return (
+        f"{terms.dataset}: its budget (epsilon={terms.epsilon:g} at delta={terms.delta:g}) is reserved to "
+        f"{100 * min(1.0, state.spent):.3g} % by {len(state.runs)} runs, this comparison's and others; all of them: "
+        f"{state.claim().statement()}"
+    )
 
 
 def read_ledgers(folder: Path) -> list[PrivacyLedger]:
@@ -74,12 +91,15 @@ def read_ledgers(folder: Path) -> list[PrivacyLedger]:
     return found
 
 
-def total_spending(ledgers: Iterable[PrivacyLedger], *, delta: float) -> list[Spending]:
+def total_spending(
+    ledgers: Iterable[PrivacyLedger], *, delta: float, budgets: Sequence[BudgetState] = ()
+) -> list[Spending]:
     """Compose all ledgers about the same data set under the same relation.
 
     Args:
         ledgers: Ledgers of runs; those without a release are left out.
         delta: Delta of the statements.
+        budgets: Budgets of data sets in which the runs are.
 
     Returns: One entry per data set and relation. Two relations are never one number.
     """
@@ -89,10 +109,11 @@ def total_spending(ledgers: Iterable[PrivacyLedger], *, delta: float) -> list[Sp
         return str(ledger.header.get("dataset", "unknown")), str(ledger.header["relation"])
 
     groups = itertools.groupby(sorted(used, key=kind), key=kind)
-    return [_spending(dataset, list(group), delta) for (dataset, _), group in groups]
+    of = {(state.terms.dataset, state.terms.relation): state for state in budgets}
+    return [_spending(name[0], list(group), delta, of.get(name)) for name, group in groups]
 
 
-def _spending(dataset: str, ledgers: list[PrivacyLedger], delta: float) -> Spending:
+def _spending(dataset: str, ledgers: list[PrivacyLedger], delta: float, budget: BudgetState | None) -> Spending:
     proved = [ledger for ledger in ledgers if ledger_level(ledger) is ClaimLevel.PROVED]
     is_all = len(proved) == len(ledgers)
     return Spending(
@@ -101,6 +122,7 @@ def _spending(dataset: str, ledgers: list[PrivacyLedger], delta: float) -> Spend
         num_proved=len(proved),
         whole=_claim(ledgers, delta),
         proved=_claim(proved, delta) if proved and not is_all else None,
+        budget=budget,
     )
 
 

@@ -4,9 +4,10 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 from rich import box
@@ -14,8 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_dp.benchmark.grid import Grid
 
 _IN_REPORT_ONLY = ("precision", "recall")
 
@@ -54,8 +59,32 @@ def benchmark(arguments: list[str]) -> int:
     parser.add_argument(
         "--publish", type=str | None, default=None, metavar="FOLDER", help="Copy report, records and cards there."
     )
+    add_budget_flags(parser)
     options: Any = parse(parser, arguments)
     return _benchmark(options)
+
+
+def add_budget_flags(parser: ArgumentParser) -> None:
+    """Add the flags of the budget that all runs of a command share; each stands for the grid's own."""
+    group = "--dataset_budget."
+    parser.add_argument(
+        f"{group}folder", type=str | None, default=None, help="Budget that all runs share; {data}: one a data set."
+    )
+    parser.add_argument(f"{group}epsilon", type=float | None, default=None, help="What opens it: its epsilon,")
+    parser.add_argument(f"{group}delta", type=float | None, default=None, help="its delta (default: the grid's),")
+    parser.add_argument(f"{group}rule", type=Literal["gaussian", "renyi"] | None, default=None, help="and its rule.")
+    parser.add_argument(
+        f"{group}allow_unproved", type=bool | None, default=None, help="Admit runs whose claim is not PROVED."
+    )
+
+
+def with_budget(grid: "Grid", options: Any) -> "Grid":
+    """Return the grid with the flags of `add_budget_flags` over its own budget."""
+    given = {name: value for name, value in vars(options.dataset_budget).items() if value is not None}
+    if not given:
+        return grid
+    own = {} if grid.dataset_budget is None else vars(grid.dataset_budget)
+    return replace(grid, dataset_budget=DatasetBudgetSettings(**{**own, **given}))
 
 
 def _benchmark(options: Any) -> int:
@@ -73,7 +102,7 @@ def _benchmark(options: Any) -> int:
         raise ConfigurationError("--report_only runs no cell; leave --dry_run, --only and --seeds out.")
     if options.address is not None and options.backend != "ray":
         raise ConfigurationError(f"--address {options.address} belongs to --backend ray; add it, or leave it out.")
-    grid = load_grid(options.grid)
+    grid = with_budget(load_grid(options.grid), options)
     folder = Path(options.out) if options.out else Path("runs") / "benchmark" / grid.name
     cpus = available_cpus()
     jobs = cpus if options.jobs is None else checked_jobs(options.jobs)
@@ -89,6 +118,7 @@ def _benchmark(options: Any) -> int:
     )
     comparison.plan(reporter, selection)
     if options.dry_run:
+        comparison.check_budget()
         return 0
     try:
         if backend is not None:
@@ -96,7 +126,9 @@ def _benchmark(options: Any) -> int:
                 comparison.run(backend, reporter)
     finally:
         reporter.close()
-        spent = write_report(comparison.folder, list(comparison.records.values()), name=grid.name, delta=grid.delta)
+        shared = comparison.reservations.states([one.label for one in grid.data]) if comparison.reservations else []
+        cells = list(comparison.records.values())
+        spent = write_report(comparison.folder, cells, name=grid.name, delta=grid.delta, budgets=shared)
     if options.publish is not None:
         publish(comparison.folder, Path(options.publish))
     _tell(console, comparison.folder, list(comparison.records.values()), [s for entry in spent for s in entry.lines()])

@@ -11,6 +11,7 @@ from lightning_dp.accounting.budget_state import FIXED_LIST, BudgetState
 from lightning_dp.accounting.claim import epsilon_text
 from lightning_dp.accounting.dataset_budget import DatasetBudget, epsilon_of_run
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.benchmark.plan import RESERVATIONS_FILE
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import DataError
 
@@ -32,7 +33,7 @@ def account_dataset(arguments: list[str]) -> int:
         "--give_back",
         type=str | None,
         default=None,
-        help="Run folder without a release: its reservation goes back.",
+        help="Run folder without a release: its reservation goes back; or a comparison's, for all such cells.",
     )
     options: Any = parse(parser, arguments)
     budget = DatasetBudget(Path(options.dataset))
@@ -50,6 +51,9 @@ def account_dataset(arguments: list[str]) -> int:
 
 
 def _give_back(budget: DatasetBudget, run: Path) -> None:
+    if (run / RESERVATIONS_FILE).is_file():
+        _give_back_cells(budget, run)
+        return
     path = run if run.is_file() else run / "ledger.jsonl"
     if not path.is_file():
         raise DataError(
@@ -57,6 +61,24 @@ def _give_back(budget: DatasetBudget, run: Path) -> None:
         )
     with PrivacyLedger.reopen(path) as ledger:
         budget.give_back(str(ledger.header.get("run_id")), ledger)
+
+
+def _give_back_cells(budget: DatasetBudget, folder: Path) -> None:
+    from lightning_dp.benchmark.reservations import read_names
+    from lightning_dp.benchmark.runner import RUNS_FOLDER, only_here
+
+    with only_here(folder):
+        held = budget.state().runs
+        for name, run in read_names(folder).items():
+            if run not in held or held[run].writers:
+                continue
+            path = folder / RUNS_FOLDER / name / "ledger.jsonl"
+            if not path.is_file():
+                budget.give_back(run, None)
+                continue
+            with PrivacyLedger.reopen(path) as ledger:
+                if not len(ledger):
+                    budget.give_back(run, ledger)
 
 
 def _lines(state: BudgetState, delta: float) -> list[str]:

@@ -1,13 +1,12 @@
 """``lightning-dp fit``: one run from one configuration, with the mechanism and the budget as flags."""
 
-import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from callbacks import (
@@ -19,16 +18,18 @@ from callbacks import (
     RunFolder,
     SampleGrid,
 )
-from callbacks.private_checkpoint import check_checkpoint
 from callbacks.private_ddp import STRATEGY
 from callbacks.run_folder import GRID_FILE, LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
 from datamodules import ImageDataModule
-from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings, RunRequest
+from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.plan import parse_plan
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import check_values, one_line
 from lightning_dp.cli.processes import process_number
+from lightning_dp.cli.run_dirs import make_run_dir, resolve_run
+from lightning_dp.cli.trainer_flags import given_callbacks, refuse_own
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.evaluation.report import RunCard
@@ -145,7 +146,7 @@ class FitCLI(LightningCLI):
             DatasetBudget(Path(options.dataset_budget.folder)).check(options.dataset_budget, [asked])
         plain = self.resolved()
         own = self._callbacks(privatizer, plain)
-        given: dict[str, Any] = {"callbacks": [*_given_callbacks(options.trainer), *own], "logger": False}
+        given: dict[str, Any] = {"callbacks": [*given_callbacks(options.trainer), *own], "logger": False}
         if options.trainer.strategy == "auto" and _wants_many(options.trainer):
             given["strategy"] = STRATEGY
         if options.trainer.logger is not False and not (_wants_many(options.trainer) and process_number()):
@@ -176,7 +177,7 @@ class FitCLI(LightningCLI):
             ConfigurationError: Settings that do not fit together, or a pair without a proof.
         """
         options = self.config_init
-        _refuse_own(options.trainer)
+        refuse_own(options.trainer)
         self.model.public_seed = self.seed
         privatizer = GradientPrivatizer(
             mechanism=options.mechanism,
@@ -276,104 +277,6 @@ def spelt_out(arguments: list[str]) -> list[str]:
     return [one(argument, before) for argument, before in zip(arguments, ["", *arguments], strict=False)]
 
 
-def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[Path, Path | None]:
-    """Return the run folder and the checkpoint to resume from.
-
-    Args:
-        name: Name of the experiment.
-        run_dir: The user's folder, or None for a new one under runs/NAME (or the newest there when resuming).
-        ckpt_path: None, "last", or a checkpoint file inside a run folder.
-
-    Raises:
-        ConfigurationError: Nothing to resume, or a folder that already holds a run.
-    """
-    if ckpt_path is None:
-        folder = Path(run_dir) if run_dir else Path("runs") / name / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        if (folder / LEDGER_FILE).exists():
-            raise ConfigurationError(
-                f"{folder} already holds a run (its releases are spent). Resume it with --ckpt_path last, "
-                "or give another --run_dir."
-            )
-        return folder, None
-    if ckpt_path != "last":
-        checkpoint = Path(ckpt_path)
-        if not checkpoint.is_file():
-            raise ConfigurationError(f"Expected a checkpoint file, found none at --ckpt_path {ckpt_path}.")
-        check_checkpoint(checkpoint)
-        return Path(run_dir) if run_dir else checkpoint.resolve().parent.parent, checkpoint
-    if run_dir is None:
-        runs = sorted((Path("runs") / name).glob(f"*/{LEDGER_FILE}"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise ConfigurationError(f"--ckpt_path last found no run under runs/{name}; give its --run_dir.")
-        folder = runs[-1].parent
-    else:
-        folder = Path(run_dir)
-        if not (folder / LEDGER_FILE).exists():
-            raise ConfigurationError(f"--ckpt_path last found no ledger in {folder}; check --run_dir.")
-    checkpoint = folder / PRIVATE_FOLDER / LAST_CHECKPOINT
-    if not checkpoint.exists():  # killed before the first: training starts anew, what the ledger holds stays spent
-        return folder, None
-    check_checkpoint(checkpoint)
-    return folder, checkpoint
-
-
-def make_run_dir(folder: Path) -> None:
-    """Make the run folder, check that it can be written, and shut its private part to other users.
-
-    Raises:
-        ConfigurationError: It cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        private = folder / PRIVATE_FOLDER
-        private.mkdir(mode=0o700, exist_ok=True)
-        private.chmod(0o700)  # one that was there before
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigurationError(
-            f"Cannot write to the run folder {folder} ({error.strerror}); choose another with --run_dir."
-        ) from None
-
-
-def _refuse_own(trainer: Any) -> None:
-    """Refuse trainer settings that the command line makes itself, or would have to ignore."""
-    for callback in _given_callbacks(trainer):
-        if isinstance(callback, GradientPrivatizer | PrivacyAccountant):
-            raise ConfigurationError(
-                f"trainer.callbacks holds a {type(callback).__name__}; --mechanism and --privacy already make one."
-            )
-        if isinstance(callback, Checkpoint):
-            raise ConfigurationError(
-                f"trainer.callbacks holds a {type(callback).__name__}, which would write teachers and optimizer states "
-                "outside private/; leave it out: the run saves private/last.ckpt itself (--checkpoint_every sets how "
-                "often)."
-            )
-    if trainer.max_epochs not in (None, -1) or trainer.min_epochs is not None or trainer.min_steps is not None:
-        raise ConfigurationError(
-            "trainer.max_epochs, min_epochs and min_steps fight with the budget, which is planned in releases: leave "
-            "them out and set --trainer.max_steps."
-        )
-    if trainer.max_steps == 0 or trainer.max_steps < -1:
-        raise ConfigurationError(
-            f"Expected trainer.max_steps >= 1 releases (or -1: as many as the budget holds), got {trainer.max_steps}."
-        )
-    if trainer.enable_checkpointing is False or trainer.barebones:
-        raise ConfigurationError(
-            "trainer.enable_checkpointing=false and trainer.barebones leave no way to resume, so a crash would waste "
-            "the budget; leave them out (--checkpoint_every sets how often)."
-        )
-    if trainer.logger not in (None, True, False):
-        raise ConfigurationError("trainer.logger is made by --wandb and the run folder; leave it out, or set false.")
-
-
 def _wants_many(trainer: Any) -> bool:
     """Tell whether more than one process may be asked for."""
     return trainer.devices not in (1, "1") or trainer.num_nodes > 1
-
-
-def _given_callbacks(trainer: Any) -> list[Callback]:
-    """Return the user's own callbacks; one alone need not stand in a list."""
-    given = trainer.callbacks or []
-    return [given] if isinstance(given, Callback) else list(given)

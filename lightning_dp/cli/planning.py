@@ -67,4 +67,5 @@ def plan_request(request: Path) -> CellPlan:
         is_private=is_private,
         noise_multiplier=cli.budget.noise_multiplier if is_private else None,
         num_releases=cli.budget.num_releases,
+        header=cli.privatizer.public_header(cli.model, cli.datamodule, cli.budget),
     )

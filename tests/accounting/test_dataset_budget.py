@@ -13,8 +13,9 @@ import pytest
 import lightning_dp
 from lightning_dp.accounting import budget_file
 from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings, RunRequest, needed_by
 from lightning_dp.accounting.claim import ClaimLevel
-from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings, RunRequest, needed_by
+from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease, Sampling
 from lightning_dp.accounting.filters import make_filter
 from lightning_dp.accounting.ledger import PrivacyLedger
@@ -538,9 +539,10 @@ def test_without_the_lock_they_could(tmp_path, monkeypatch):
     reserve(budget, request("a", 1), epsilon=epsilon)
     stale = budget._file.read()
     reserve(budget, request("b", 5), epsilon=epsilon)
+    from lightning_dp.accounting.budget_shortage import shortage_of
     from lightning_dp.accounting.budget_state import state_of
 
-    assert state_of(stale, budget._file.path).shortage([request("c", 5).needed]) is None
+    assert shortage_of(state_of(stale, budget._file.path), [request("c", 5).needed]) is None
     with pytest.raises(BudgetExceededError):
         reserve(budget, request("c", 5), epsilon=epsilon)
 

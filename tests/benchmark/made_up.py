@@ -11,6 +11,7 @@ from lightning_dp.accounting.calibration import calibrate_noise_multiplier
 from lightning_dp.accounting.claiming import claim_from_ledger
 from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.plan import plan_header
 from lightning_dp.benchmark.plan import CellPlan
 from lightning_dp.benchmark.rows import Result
 from lightning_dp.errors import ConfigurationError
@@ -145,11 +146,23 @@ def plan_made_up(request: Path) -> CellPlan:
         raise KeyError("width")
     releases, is_private = int(config["trainer"]["max_steps"]), name != "NoPrivacy"
     noise = noise_for(config["privacy"]["target_epsilon"], releases) if is_private else None
-    return CellPlan(resolved=config, is_private=is_private, noise_multiplier=noise, num_releases=releases)
+    event = gaussian(noise) if noise is not None else NonPrivateRelease()
+    header = {
+        **{"relation": RELATION, "unit": "record", "mechanism": name, "target_delta": DELTA, "dataset": "digits"},
+        **{"num_records": NUM_RECORDS, "fingerprint": "f", "planned": plan_header({(event, FULL): releases})},
+    }
+    return CellPlan(
+        resolved=config, is_private=is_private, noise_multiplier=noise, num_releases=releases, header=header
+    )
 
 
 def make_run(
-    run_dir: Path, config: Mapping[str, Any], *, upto: int | None = None, accuracy: float | None = None
+    run_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    upto: int | None = None,
+    accuracy: float | None = None,
+    **header: Any,
 ) -> None:
     """Make, or go on with, the run of a request: all its releases and a card, or the first few releases and none."""
     plan_releases = int(config["trainer"]["max_steps"])
@@ -164,7 +177,7 @@ def make_run(
             ledger.append(event, FULL)
         ledger.close()
     else:
-        ledger = ledger_at(path, event, plan_releases if upto is None else upto, mechanism=name)
+        ledger = ledger_at(path, event, plan_releases if upto is None else upto, mechanism=name, **header)
     if upto is None:
         seed = config["seed_everything"]
         value = accuracy if accuracy is not None else 0.8 + 0.01 * seed + 0.001 * epsilon

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from lightning_dp.accounting.accountants import compute_epsilon
-from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings
+from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.ledger import PrivacyLedger
 from tests.cli.runs import read_json
 from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
@@ -153,3 +154,18 @@ def test_account_of_no_budget_and_of_a_broken_one(cli, share, folder, tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"count":5', b'"count":1'))
     assert "was changed, removed or moved" in cli("account", "--dataset", folder).error()
     assert "was changed, removed or moved" in share("b").error()
+
+
+def test_a_reservation_goes_with_its_run_alone(share, tmp_path):
+    assert share("a").code == 0
+    line = share("a", "--ckpt_path", "last", "--dataset_budget.reservation", "another").err
+    assert "got dataset_budget.reservation=another. Drop it." in line
+
+
+def test_a_run_that_the_budget_does_not_know_may_not_go_on_in_it(share, folder, tmp_path):
+    """As after a budget's folder was deleted, and opened anew by the resumed run."""
+    assert share("a").code == 0
+    shutil.rmtree(folder)
+    line = share("a", "--ckpt_path", "last").err
+    assert "has made 5 releases, of which the budget in" in line
+    assert not DatasetBudget(folder).exists()

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from datamodules import EmbeddedDigits
 from lightning_dp.cli import main
-from lightning_dp.cli.fit import make_run_dir
+from lightning_dp.cli.run_dirs import make_run_dir
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.modules.published import load_generator, save_released

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from callbacks import PrivateCheckpoint
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings
 from lightning_dp.accounting.claiming import claim_from_ledger
-from lightning_dp.accounting.dataset_budget import DatasetBudget, DatasetBudgetSettings
+from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.ledger_state import Run
 from lightning_dp.errors import LedgerError

@@ -1,0 +1,69 @@
+"""Run folders of the command line: a new one, or the one to go on in; its private part is shut to other users."""
+
+import datetime
+from pathlib import Path
+
+from callbacks.private_checkpoint import check_checkpoint
+from callbacks.run_folder import LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
+from lightning_dp.errors import ConfigurationError
+
+
+def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[Path, Path | None]:
+    """Return the run folder and the checkpoint to resume from.
+
+    Args:
+        name: Name of the experiment.
+        run_dir: The user's folder, or None for a new one under runs/NAME (or the newest there when resuming).
+        ckpt_path: None, "last", or a checkpoint file inside a run folder.
+
+    Raises:
+        ConfigurationError: Nothing to resume, or a folder that already holds a run.
+    """
+    if ckpt_path is None:
+        folder = Path(run_dir) if run_dir else Path("runs") / name / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        if (folder / LEDGER_FILE).exists():
+            raise ConfigurationError(
+                f"{folder} already holds a run (its releases are spent). Resume it with --ckpt_path last, "
+                "or give another --run_dir."
+            )
+        return folder, None
+    if ckpt_path != "last":
+        checkpoint = Path(ckpt_path)
+        if not checkpoint.is_file():
+            raise ConfigurationError(f"Expected a checkpoint file, found none at --ckpt_path {ckpt_path}.")
+        check_checkpoint(checkpoint)
+        return Path(run_dir) if run_dir else checkpoint.resolve().parent.parent, checkpoint
+    if run_dir is None:
+        runs = sorted((Path("runs") / name).glob(f"*/{LEDGER_FILE}"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise ConfigurationError(f"--ckpt_path last found no run under runs/{name}; give its --run_dir.")
+        folder = runs[-1].parent
+    else:
+        folder = Path(run_dir)
+        if not (folder / LEDGER_FILE).exists():
+            raise ConfigurationError(f"--ckpt_path last found no ledger in {folder}; check --run_dir.")
+    checkpoint = folder / PRIVATE_FOLDER / LAST_CHECKPOINT
+    if not checkpoint.exists():  # killed before the first: training starts anew, what the ledger holds stays spent
+        return folder, None
+    check_checkpoint(checkpoint)
+    return folder, checkpoint
+
+
+def make_run_dir(folder: Path) -> None:
+    """Make the run folder, check that it can be written, and shut its private part to other users.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        private = folder / PRIVATE_FOLDER
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)  # one that was there before
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot write to the run folder {folder} ({error.strerror}); choose another with --run_dir."
+        ) from None

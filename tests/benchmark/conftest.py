@@ -1,0 +1,3 @@
+from tests.cli.runs import cli
+
+__all__ = ["cli"]
