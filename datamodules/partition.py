@@ -42,7 +42,7 @@ class TeacherPartition:
 
     Example:
         >>> partition = TeacherPartition(num_records=10, num_teachers=4)
-        >>> sorted(partition.shard_sizes.tolist())
+        >>> sorted(torch.bincount(partition.assignment).tolist())
         [2, 2, 3, 3]
     """
 
@@ -79,36 +79,6 @@ class TeacherPartition:
         # Deal in turn: T shards whose sizes differ by at most one, also when T does not divide N.
         assignment[torch.tensor(ranks)] = torch.arange(self.num_records) % self.num_teachers
         return assignment
-
-    @cached_property
-    def shard_sizes(self) -> Tensor:
-        """Number of records of each teacher, int64, (T,); zeros are possible with "hash"."""
-        return torch.bincount(self.assignment, minlength=self.num_teachers)
-
-    @cached_property
-    def _shards(self) -> tuple[Tensor, ...]:
-        sizes: list[int] = self.shard_sizes.tolist()
-        return torch.split(torch.argsort(self.assignment, stable=True), sizes)
-
-    def shard(self, teacher: int) -> Tensor:
-        """Return the record indices of one teacher, int64, ascending, (shard_sizes[teacher],).
-
-        Raises:
-            IndexError: `teacher` is not in 0 .. T-1.
-        """
-        if not 0 <= teacher < self.num_teachers:
-            raise IndexError(f"Expected 0 <= teacher < {self.num_teachers}, got teacher={teacher}.")
-        return self._shards[teacher]
-
-    @property
-    def max_shard(self) -> int:
-        """Size of the largest shard."""
-        return int(self.shard_sizes.max())
-
-    @property
-    def is_single_record(self) -> bool:
-        """Whether every teacher holds exactly one record (T = N)."""
-        return self.num_teachers == self.num_records and self.max_shard == 1
 
 
 def hash_assignment(record_ids: range | list[int], num_teachers: int, key: int = 0) -> Tensor:

@@ -92,7 +92,7 @@ def audit_published(run: Path) -> AuditResult:
     for path in sorted(folder.rglob("*")):
         if path.name not in {f"{kind}{suffix}" for kind in _KINDS for suffix in (".json", ".safetensors")}:
             problems.append(f"{path.name} does not belong to a released model")
-    with safe_open(folder / f"{network.kind}.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(folder / f"{network.kind}.safetensors", "pt") as file:
         problems += [f"tensor {name} is no parameter of the network" for name in file.keys() if name not in names]  # noqa: SIM118
         if file.metadata():
             problems.append("the weights carry metadata")

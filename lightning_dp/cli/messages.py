@@ -190,7 +190,7 @@ def _base_of(text: str, roots: Mapping[str, type]) -> type | None:
 
 def _annotated_class(path: str, name: str) -> type | None:
     try:
-        hint = typing.get_type_hints(_load(path).__init__).get(name)  # type: ignore[union-attr, misc]
+        hint = typing.get_type_hints(_load(path).__init__).get(name)
     except (NameError, TypeError, AttributeError):
         return None
     kinds = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)

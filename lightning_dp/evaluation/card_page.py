@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lightning_dp.evaluation.card_plots import epsilon_plot, metric_plots
+from lightning_dp.evaluation.card_plots import epsilon_plot
 from lightning_dp.evaluation.card_text import ceil_text, is_proved, number_text, seconds_text
 
 _STYLE = """
@@ -222,13 +222,10 @@ def _pictures(card: Mapping[str, Any], sample_grid: bytes | None) -> str:
     if sample_grid is not None:
         figure = _figure(sample_grid, "Grid of synthetic images", "One row per class, class 0 on top.", "pixels")
         sections.append(f"<section><h2>Samples</h2>{figure}</section>")
-    plots = []
     if is_proved(card["claim"]) and card["epsilon_curve"]:
         png = epsilon_plot(card["epsilon_curve"], target=card["budget"].get("target_epsilon"))
-        plots.append(_figure(png, "Epsilon spent over the releases"))
-    plots += [_figure(png, f"{name} over the releases") for name, png in metric_plots(card["metric_curves"])]
-    if plots:
-        sections.append(f'<section><h2>Over the releases</h2><div class="columns">{"".join(plots)}</div></section>')
+        plot = _figure(png, "Epsilon spent over the releases")
+        sections.append(f'<section><h2>Over the releases</h2><div class="columns">{plot}</div></section>')
     return "\n".join(sections)
 
 

@@ -42,7 +42,6 @@ class RunCard:
         model: method, network, parameter counts, size of the release checkpoint.
         evaluation: `EvaluationResult.to_dict()` or `ClassificationResult.to_dict()`; None if nothing was evaluated.
         epsilon_curve: (number of releases, epsilon spent) pairs. Shown only for PROVED.
-        metric_curves: (number of releases, value) pairs per metric; `accuracy/cnn` and `accuracy/mlp` share a plot.
         cost: train_time_s, evaluation_time_s, total_time_s, peak_memory_mb, device, and the like.
         versions: Version per package, Python included.
         config: The resolved configuration.
@@ -62,7 +61,6 @@ class RunCard:
     model: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     epsilon_curve: tuple[tuple[float, float], ...] = ()
-    metric_curves: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     cost: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -104,6 +102,7 @@ class RunCard:
         values = dict(values)
         if (found := values.pop("format", CARD_FORMAT)) != CARD_FORMAT:
             raise ConfigurationError(f"Expected a run card of format {CARD_FORMAT}, got format={found!r}.")
+        values.pop("metric_curves", None)  # always empty, in the cards that have one
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigurationError(
@@ -114,7 +113,6 @@ class RunCard:
         if missing:
             raise ConfigurationError(f"Expected the fields {', '.join(needed)} in a run card, got none of {missing}.")
         values["epsilon_curve"] = _points(values.get("epsilon_curve", ()))
-        values["metric_curves"] = {name: _points(curve) for name, curve in values.get("metric_curves", {}).items()}
         return cls(**values)
 
 

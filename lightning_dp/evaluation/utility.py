@@ -96,7 +96,7 @@ def _train_epoch(
     for rows in order:
         loss = nn.functional.cross_entropy(network(images[rows]), labels[rows])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
 

@@ -67,7 +67,7 @@ class DirectionChunk(RowChunk):
             object.__setattr__(self, name, value)
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """The rows, (n, q, d)."""
         return self._rows(None)
 

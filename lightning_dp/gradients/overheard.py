@@ -96,7 +96,7 @@ class _PerRecord(torch.autograd.Function):
         raise UnsupportedNetwork("the loss differentiates the network itself")
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
         inputs: Tensor,

@@ -59,12 +59,10 @@ class Mechanism(ABC):
     file, and hold constructor options only: no state, no tensors. One that draws other noise states another event.
 
     Class attributes:
-        needs: What phase 1 consumes: per-row tensors, only their norms, or one sum.
         kinds: The kinds of contribution for which the mechanism has a proof.
         total_dtype: Accumulator of the sum over rows; exact for integers.
     """
 
-    needs: ClassVar[Literal["norms", "rows", "sum"]] = "rows"
     kinds: ClassVar[frozenset[ContributionKind]]
     total_dtype: ClassVar[torch.dtype] = torch.float64
     is_private: ClassVar[bool] = True

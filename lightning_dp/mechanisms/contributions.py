@@ -61,7 +61,6 @@ class ContributionSpec:
         rows_never_oppose: Whether no two rows can hold vectors with a negative inner product in the same place. A row
             that changes then moves a sum no further than two that appear, by sqrt 2 bounds instead of two; for
             mechanisms that scale vectors and do nothing else to them.
-        sampling_note: How the rows reach the release, for the claim.
     """
 
     kind: ContributionKind
@@ -75,7 +74,6 @@ class ContributionSpec:
     has_fixed_rows: bool = True
     segments: tuple[int, ...] | None = None
     rows_never_oppose: bool = False
-    sampling_note: str = "every row takes part in every release"
 
     @classmethod
     def teachers(cls, *, num_teachers: int, vectors_per_row: int, vector_dim: int) -> "ContributionSpec":
@@ -133,7 +131,6 @@ class ContributionSpec:
             changes={_REPLACE: (RowChange(num_replaced=1), RowChange(num_toggled=4))},
             num_vectors=vectors_per_row,
             has_fixed_rows=False,  # the coins decide who speaks
-            sampling_note="each teacher takes part in a release by its own secret coin",
         )
 
     @classmethod

@@ -154,7 +154,7 @@ class DPGAN(RecordModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        critic, generator = self.optimizers()  # type: ignore[misc, attr-defined]
+        critic, generator = self.optimizers()  # type: ignore[attr-defined]
         parameters = trainable_parameters(self.critic).values()
         shape = (1, sum(parameter.numel() for parameter in parameters))
         released = self.release(self.record_rows(self.draw_records()), shape)

@@ -134,7 +134,7 @@ class PATEGAN(TeacherEnsembleGAN):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        generator, student = self.optimizers()  # type: ignore[misc, attr-defined]
+        generator, student = self.optimizers()  # type: ignore[attr-defined]
         self.teachers.train(self._teacher_fakes, step=self._round)
         labels = self._public_labels()
         with torch.no_grad():

@@ -176,5 +176,5 @@ class RecordModule(PoissonModule):
         """Let the one optimizer take a step on what was released, and finish the training step."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr, call-arg]
+        schedule.step()  # type: ignore[union-attr]
         self.finish_step()

@@ -177,7 +177,7 @@ class DPSinkhorn(PoissonModule):
         self.backward_released(points, self._with_public_part(released, own))
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr, call-arg]
+        schedule.step()  # type: ignore[union-attr]
         self.finish_step()
 
     def generated_points(self) -> tuple[Tensor, Tensor]:

@@ -278,7 +278,7 @@ class TeacherEnsembleGAN(AveragedModule):
         self.backward_released(fakes, released.map(lambda value: self.step_size * value))
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr, call-arg]
+        schedule.step()  # type: ignore[union-attr]
         self.finish_step()
 
     def _pool_rows(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:

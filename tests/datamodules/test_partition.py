@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules.partition import TeacherPartition, hash_assignment
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.teachers import TeacherShards
 
 # Records per class of MNIST's training file.
 MNIST_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
@@ -20,10 +21,21 @@ PINNED_HASH = [2, 2, 2, 2, 0, 3, 2, 2, 1, 3, 0, 3]
 Dealer = Callable[[Tensor, Tensor], list[Tensor]]
 
 
+def shards_of(partition: TeacherPartition) -> list[Tensor]:
+    """The positions of the records that each teacher of a run holds."""
+    num = partition.num_records
+    images, labels = torch.zeros(num, 1, 1, 1, dtype=torch.uint8), torch.zeros(num, dtype=torch.int64)
+    held = TeacherShards(images, labels, partition.assignment, partition.num_teachers)
+    return list(held.order.split(held.sizes.tolist()))
+
+
+def sizes_of(partition: TeacherPartition) -> Tensor:
+    return torch.bincount(partition.assignment, minlength=partition.num_teachers)
+
+
 def our_dealer(num_teachers: int, method: str) -> Dealer:
     def deal(labels: Tensor, pixels: Tensor) -> list[Tensor]:
-        partition = TeacherPartition(len(labels), num_teachers, method)
-        return [partition.shard(t) for t in range(num_teachers)]
+        return shards_of(TeacherPartition(len(labels), num_teachers, method))
 
     return deal
 
@@ -89,11 +101,10 @@ sizes = st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(
 def test_every_record_is_in_exactly_one_shard(method, size, key):
     num_records, num_teachers = size
     partition = TeacherPartition(num_records, num_teachers, method, key)
-    shards = [partition.shard(t) for t in range(num_teachers)]
+    shards = shards_of(partition)
     check_each_record_in_one_shard(shards, num_records)
     assert partition.assignment.dtype == torch.int64
-    assert [len(s) for s in shards] == partition.shard_sizes.tolist()
-    assert partition.max_shard == max(len(s) for s in shards)
+    assert len(shards) == num_teachers
     for teacher, shard in enumerate(shards):
         assert (partition.assignment[shard] == teacher).all()
         assert torch.equal(shard, shard.sort().values)
@@ -102,7 +113,7 @@ def test_every_record_is_in_exactly_one_shard(method, size, key):
 @settings(max_examples=30, deadline=None)
 @given(size=sizes, key=st.integers())
 def test_permutation_is_balanced_to_one(size, key):
-    shard_sizes = TeacherPartition(*size, key=key).shard_sizes
+    shard_sizes = sizes_of(TeacherPartition(*size, key=key))
     assert int(shard_sizes.max() - shard_sizes.min()) <= 1
 
 
@@ -151,7 +162,7 @@ def test_maps_are_pinned():
 
 
 def test_hash_is_roughly_even():
-    shard_sizes = TeacherPartition(20000, 10, "hash").shard_sizes.float()
+    shard_sizes = sizes_of(TeacherPartition(20000, 10, "hash")).float()
     assert (shard_sizes - 2000).abs().max() < 5 * 2000**0.5
 
 
@@ -170,15 +181,9 @@ def test_official_dealing_is_caught_by_the_same_checks():
 @pytest.mark.parametrize("method", ["permutation", "hash"])
 def test_mnist_at_the_paper_scale_holds_every_record_once(method):
     partition = TeacherPartition(60000, 4000, method)
-    check_each_record_in_one_shard([partition.shard(t) for t in range(4000)], 60000)
+    check_each_record_in_one_shard(shards_of(partition), 60000)
     if method == "permutation":
-        assert partition.shard_sizes.unique().tolist() == [15]
-
-
-def test_single_record_teachers():
-    assert TeacherPartition(30, 30).is_single_record
-    assert not TeacherPartition(31, 30).is_single_record
-    assert not TeacherPartition(30, 30, "hash").is_single_record
+        assert sizes_of(partition).unique().tolist() == [15]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +198,3 @@ def test_single_record_teachers():
 def test_refusals(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         TeacherPartition(*arguments)
-
-
-def test_teacher_out_of_range():
-    with pytest.raises(IndexError, match="got teacher=4"):
-        TeacherPartition(10, 4).shard(4)

@@ -83,7 +83,6 @@ def card():
             "warnings": ["No synthetic image has label 3."],
         },
         epsilon_curve=((1, 0.5), (400, 9.98765)),
-        metric_curves={"fid": ((100, 80.0), (400, 38.2)), "accuracy/cnn": ((400, 0.88),), "accuracy/mlp": ((1, 0.1),)},
         cost={"total_time_s": 754.0, "train_time_s": 700.0, "peak_memory_mb": 1800},
         versions={"torch": "2.13.0"},
         config={"trainer": {"max_steps": 400}, "note": "</pre><script>alert(1)</script>"},
@@ -122,7 +121,7 @@ def test_page_is_whole_escaped_and_self_contained(card, grid, tmp_path):
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert "script" not in page.tags
-    assert page.tags.count("img") == 4  # grid, epsilon, fid, accuracy
+    assert page.tags.count("img") == 2  # grid, epsilon
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "http" not in text.replace("http-equiv", "")
     assert "url(" not in "".join(page.styles)
@@ -161,7 +160,7 @@ def test_without_an_epsilon_the_statement_stands_instead(card, grid, tmp_path, l
     assert card.claim_statement in page.words
     assert level in page.words
     assert "epsilon at delta" not in page.words
-    assert page.tags.count("img") == 3  # no epsilon curve
+    assert page.tags.count("img") == 1  # no epsilon curve
     table = table_text(card)
     assert card.claim_statement in table
     assert level in table
@@ -177,9 +176,9 @@ def test_an_epsilon_is_taken_from_proved_claims_only(card, level, epsilon):
         dataclasses.replace(card, claim={**card.claim, "level": level, "epsilon": epsilon})
 
 
-@pytest.mark.parametrize("place", ["metric_curves", "cost", "evaluation", "model"])
+@pytest.mark.parametrize("place", ["cost", "evaluation", "model"])
 def test_raw_values_are_refused_anywhere(card, place):
-    spoilt = {**getattr(card, place), "raw/loss": ((1, 2.0),) if place == "metric_curves" else 2.0}
+    spoilt = {**getattr(card, place), "raw/loss": 2.0}
     with pytest.raises(ConfigurationError, match="raw/loss"):
         dataclasses.replace(card, **{place: spoilt})
 
