@@ -126,7 +126,7 @@ def matmul_seconds(network: str, batch: int, device_name: str) -> float:
 
     judge = NETWORKS[network](IMAGE_SHAPE, CLASSES)
     own = {name: parameter.detach()[None].clone() for name, parameter in judge.named_parameters()}
-    images, one_hot = torch.rand(1, batch, *IMAGE_SHAPE), torch.eye(CLASSES)[torch.arange(batch) % CLASSES][None]
+    images, one_hot = torch.rand(1, 2 * batch, *IMAGE_SHAPE), torch.eye(CLASSES)[torch.arange(batch) % CLASSES][None]
     counted = [0]
 
     class Counting(TorchDispatchMode):  # FlopCounterMode hooks modules too, which `autograd.grad` does not allow
@@ -137,8 +137,8 @@ def matmul_seconds(network: str, batch: int, device_name: str) -> float:
             return result
 
     with Counting():
-        LoopBackend(judge).training_gradients(own, images, images, one_hot)
-        LoopBackend(judge).descent_directions(own, images[0], one_hot[0])
+        LoopBackend(judge).training_gradients(own, images, one_hot)
+        LoopBackend(judge).descent_directions(own, images[0, :batch], one_hot[0])
     size = 1024
     square = torch.rand(size, size, device=device_name)
     return counted[0] / (2 * size**3) * fastest(lambda: square @ square, seconds=1.0, device=device_name)

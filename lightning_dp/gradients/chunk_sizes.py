@@ -16,7 +16,7 @@ CPU_CHUNKS: Final[dict[tuple[str, str], int]] = {
     ("small_conv", "loop"): 16,
     ("small_conv", "stacked"): 12,
     ("mlp", "loop"): 16,
-    ("mlp", "stacked"): 32,
+    ("mlp", "stacked"): 64,
 }
 CPU_MEMORY_BUDGET: Final = 1_500_000_000
 CUDA_FREE_FRACTION: Final = 0.5

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.gradients.adam_stacks import AdamStacks
 from lightning_dp.gradients.chunk_sizes import CPU_CHUNKS, ChunkSizes
+from lightning_dp.gradients.dense_backend import DenseBackend
 from lightning_dp.gradients.mapped_state import MappedState, read_ahead
 from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.teacher_backends import LoopBackend, Stack, StackedBackend, TeacherBackend
@@ -130,6 +131,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.objective: Objective = objective
         self.penalty, self.compute, self.state_dir = penalty, compute, state_dir
         self._stacks: AdamStacks | None = None
+        self._samples: Tensor | None = None
         self._rounds = 0
         self._ranks, self._owned = ALONE, range(num_teachers)
 
@@ -164,7 +166,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
                 f"network={self.network_name!r} takes batch statistics, which couple the slopes of a Wasserstein "
                 "critic. Choose network='gswgan', 'small_conv' or 'mlp'."
             )
-        self._seed = seed
+        self._seed, self._samples = seed, None
         self._stacks = AdamStacks(
             network,
             num_teachers=self.num_teachers,
@@ -178,7 +180,8 @@ class DiscriminatorTeachers(TeacherEnsemble):
         if chosen == "auto":
             chosen = choose_backend(self.network_name, self._device)
         self.chosen_backend = chosen
-        make = BACKENDS[self.chosen_backend]
+        by_hand = chosen == "stacked" and network.dense_layers
+        make = DenseBackend if by_hand else BACKENDS[self.chosen_backend]
         self._backend = make(network.to(self._device), objective=self.objective, penalty=self.penalty)
         self._chunk_sizes = ChunkSizes(
             self._backend.network,
@@ -197,11 +200,11 @@ class DiscriminatorTeachers(TeacherEnsemble):
         block = _places(block, self._owned)
         steps_before = self._optimizer_steps(self._turn(self._rounds)[1])
         for teachers in self._chunks(2 * self._batch, block, stacks.files):
-            real, fake, one_hot = self._round_batch(teachers, fakes, visit)
+            samples, one_hot = self._round_batch(teachers, fakes, visit)
             for repeat in range(repeats):
-                shares = self._public_shares(step, repeat, like=real)
+                shares = self._public_shares(step, repeat, like=samples)
                 with self._computing():
-                    gradients = self._backend.training_gradients(stacks.of(teachers), real, fake, one_hot, shares)
+                    gradients = self._backend.training_gradients(stacks.of(teachers), samples, one_hot, shares)
                 stacks.adam_step(
                     teachers,
                     gradients,
@@ -294,14 +297,23 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._bound_stacks().load_state_dict(state, network_name=self.network_name)
         self._rounds = int(state["rounds"])
 
-    def _round_batch(self, teachers: slice, fakes: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return real (n, B, ...), fake (n, B, ...) and one-hot labels (n, B, y) of one round."""
+    def _round_batch(self, teachers: slice, fakes: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return records and then fakes, (n, 2B, ...), and one-hot labels of both, (n, B, y), of one round."""
         positions = self._shards.positions(teachers, self._batch, step)
         labels = self._shards.labels[positions]  # (n, B)
-        images = self._shards.images[positions.flatten()].to(fakes.dtype).div_(255)
-        real = self._encoded(images).to(fakes.dtype).unflatten(0, tuple(positions.shape))
-        fake = fakes[torch.arange(self._batch, device=self._device), labels]
-        return real, fake, F.one_hot(labels, self._num_classes).to(fakes.dtype)
+        # Kept from chunk to chunk: fresh memory of this size costs more in page faults than what is written to it.
+        if self._samples is None or len(self._samples) < len(positions) or self._samples.dtype != fakes.dtype:
+            self._samples = fakes.new_empty(len(positions), 2 * self._batch, *self._sample_shape)
+        samples = self._samples[: len(positions)]
+        real, fake = samples.chunk(2, 1)
+        images = self._shards.images.index_select(0, positions.flatten())
+        if self._encode is None:
+            real.copy_(images.view_as(real)).div_(255)
+        else:
+            real.copy_(self._encode(images.to(fakes.dtype).div_(255)).detach().view_as(real))
+        place = torch.arange(self._batch, device=self._device) * self._num_classes
+        fake.copy_(fakes.flatten(0, 1).index_select(0, (place + labels).flatten()).view_as(fake))
+        return samples, F.one_hot(labels, self._num_classes).to(fakes.dtype)
 
     def _encoded(self, images: Tensor) -> Tensor:
         return images if self._encode is None else self._encode(images).detach()

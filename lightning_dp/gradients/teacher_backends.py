@@ -43,14 +43,14 @@ class TeacherBackend(ABC):
 
     @abstractmethod
     def training_gradients(
-        self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None = None
+        self, parameters: Stack, samples: Tensor, one_hot: Tensor, shares: Tensor | None = None
     ) -> Stack:
         """Return each teacher's gradient of its discriminator loss, name -> (n, ...).
 
         Args:
             parameters: name -> (n, ...).
-            real: (n, B, *sample_shape), the teachers' own records.
-            fake: (n, B, *sample_shape), judged in a pass of its own (its batch statistics are its own).
+            samples: (n, 2B, *sample_shape), the teachers' own records, then their fakes; batch statistics of the two
+                are taken apart.
             one_hot: (n, B, y), labels of both.
             shares: (B,), where between fake and record slopes are taken; a Wasserstein critic needs them.
         """
@@ -88,22 +88,23 @@ class LoopBackend(TeacherBackend):
 
     @torch.enable_grad()
     def training_gradients(  # noqa: D102
-        self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None = None
+        self, parameters: Stack, samples: Tensor, one_hot: Tensor, shares: Tensor | None = None
     ) -> Stack:
         gradients = {name: torch.empty_like(values) for name, values in parameters.items()}
-        for row in range(real.shape[0]):
+        for row in range(samples.shape[0]):
             own = self._load(parameters, row)
-            loss = self._training_loss(real[row], fake[row], one_hot[row], shares)
+            loss = self._training_loss(samples[row], one_hot[row], shares)
             # A Wasserstein critic's shift has no slope; what a loss does not reach has gradient zero.
             found = torch.autograd.grad(loss, own, materialize_grads=True)
             for stacked, gradient in zip(gradients.values(), found, strict=True):
                 stacked[row] = gradient
         return gradients
 
-    def _training_loss(self, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None) -> Tensor:
-        judged_real, judged_fake = _judge_both(self.network, self.network, real, fake, one_hot)
+    def _training_loss(self, samples: Tensor, one_hot: Tensor, shares: Tensor | None) -> Tensor:
+        judged_real, judged_fake = _judge_both(self.network, self.network, samples, one_hot)
         if self.objective == "non_saturating":
             return discriminator_loss(judged_real, judged_fake)
+        real, fake = samples.chunk(2)
         points = between(real, fake, _given(shares)).detach().requires_grad_()
         (slopes,) = torch.autograd.grad(self.network(points, one_hot).sum(), points, create_graph=True)
         return wasserstein_critic_loss(judged_real, judged_fake, slopes, penalty=self.penalty)
@@ -138,22 +139,23 @@ class LoopBackend(TeacherBackend):
 class StackedBackend(TeacherBackend):
     """All teachers of a chunk at once under `vmap`: fastest for dense layers, and on a GPU."""
 
-    def _training_loss(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> Tensor:
-        return discriminator_loss(*self._judged(own, real, fake, one_hot))
+    def _training_loss(self, own: Stack, samples: Tensor, one_hot: Tensor) -> Tensor:
+        return discriminator_loss(*self._judged(own, samples, one_hot))
 
-    def _judged(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
-        def judge(samples: Tensor, labels: Tensor) -> Tensor:
-            said: Tensor = functional_call(self.network, own, (samples, labels))
+    def _judged(self, own: Stack, samples: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
+        def judge(judged: Tensor, labels: Tensor) -> Tensor:
+            said: Tensor = functional_call(self.network, own, (judged, labels))
             return said
 
-        return _judge_both(judge, self.network, real, fake, one_hot)
+        return _judge_both(judge, self.network, samples, one_hot)
 
-    def _critic_loss(self, own: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor) -> Tensor:
-        def total_score(samples: Tensor) -> Tensor:
-            total: Tensor = functional_call(self.network, own, (samples, one_hot)).sum()
+    def _critic_loss(self, own: Stack, samples: Tensor, one_hot: Tensor, shares: Tensor) -> Tensor:
+        def total_score(points: Tensor) -> Tensor:
+            total: Tensor = functional_call(self.network, own, (points, one_hot)).sum()
             return total
 
-        judged_real, judged_fake = self._judged(own, real, fake, one_hot)
+        judged_real, judged_fake = self._judged(own, samples, one_hot)
+        real, fake = samples.chunk(2)
         slopes = grad(total_score)(between(real, fake, shares))
         return wasserstein_critic_loss(judged_real, judged_fake, slopes, penalty=self.penalty)
 
@@ -161,15 +163,15 @@ class StackedBackend(TeacherBackend):
         return -generator_loss(functional_call(self.network, own, (fakes, one_hot)), self.objective)
 
     def training_gradients(  # noqa: D102
-        self, parameters: Stack, real: Tensor, fake: Tensor, one_hot: Tensor, shares: Tensor | None = None
+        self, parameters: Stack, samples: Tensor, one_hot: Tensor, shares: Tensor | None = None
     ) -> Stack:
         # One gradient per teacher, no mean over teachers: that would scale each by 1/n, visible through Adam's eps.
         gradients: Stack
         if self.objective == "non_saturating":
-            gradients = vmap(grad(self._training_loss))(parameters, real, fake, one_hot)
+            gradients = vmap(grad(self._training_loss))(parameters, samples, one_hot)
         else:
-            each = vmap(grad(self._critic_loss), in_dims=(0, 0, 0, 0, None))
-            gradients = each(parameters, real, fake, one_hot, _given(shares))
+            each = vmap(grad(self._critic_loss), in_dims=(0, 0, 0, None))
+            gradients = each(parameters, samples, one_hot, _given(shares))
         return gradients
 
     @torch.no_grad()
@@ -184,12 +186,13 @@ class StackedBackend(TeacherBackend):
 
 
 def _judge_both(
-    judge: Callable[[Tensor, Tensor], Tensor], network: Discriminator, real: Tensor, fake: Tensor, one_hot: Tensor
+    judge: Callable[[Tensor, Tensor], Tensor], network: Discriminator, samples: Tensor, one_hot: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return logits of real and fake, in one pass where a network takes no statistics of a batch."""
+    """Return logits of records and fakes, in one pass where a network takes no statistics of a batch."""
     if network.min_batch > 1:
+        real, fake = samples.chunk(2)
         return judge(real, one_hot), judge(fake, one_hot)
-    judged_real, judged_fake = judge(torch.cat([real, fake]), torch.cat([one_hot, one_hot])).chunk(2)
+    judged_real, judged_fake = judge(samples, torch.cat([one_hot, one_hot])).chunk(2)
     return judged_real, judged_fake
 
 

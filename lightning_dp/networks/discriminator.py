@@ -12,9 +12,12 @@ class Discriminator(nn.Module, ABC):
 
     Attributes:
         min_batch: Fewest samples per call (2 where batch statistics are taken).
+        dense_layers: Names of the linear layers, in order, of a network that is nothing but these on flattened samples,
+            with leaky ReLUs (`small.LEAK`) between them, and reads the output of a sample's label; empty for others.
     """
 
     min_batch: int = 1
+    dense_layers: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, samples: Tensor, one_hot: Tensor) -> Tensor:

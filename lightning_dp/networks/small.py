@@ -68,6 +68,8 @@ class MLPDiscriminator(Discriminator):
         width: Size of both hidden layers.
     """
 
+    dense_layers = ("hidden0", "hidden1", "head")
+
     def __init__(self, sample_shape: tuple[int, ...], num_classes: int, width: int = 64) -> None:
         super().__init__()
         self.hidden0 = nn.Linear(math.prod(sample_shape), width)

@@ -1,12 +1,15 @@
 import copy
 import itertools
+import math
 
 import pytest
 import torch
 from torch.func import vmap
 
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.dense_backend import DenseBackend
 from lightning_dp.gradients.discriminator_teachers import NETWORKS, DiscriminatorTeachers, choose_backend
+from lightning_dp.gradients.teacher_backends import StackedBackend
 from lightning_dp.gradients.teachers import TeacherShards
 from lightning_dp.losses.adversarial import discriminator_loss, generator_loss
 
@@ -109,18 +112,54 @@ def test_losses_and_gradients_of_the_backends_agree(network):
     fakes = fakes_of(torch.arange(CLASSES).repeat(BATCH)).unflatten(0, (BATCH, CLASSES))
     loop, stacked = make_teachers(network, "loop"), make_teachers(network, "stacked")
     parameters = loop.state_dict()["parameters"]
-    real, fake, one_hot = loop._round_batch(slice(0, TEACHERS), fakes, 0)
+    samples, one_hot = loop._round_batch(slice(0, TEACHERS), fakes, 0)
     losses = []
     for teacher in range(TEACHERS):
         loop._backend._load(parameters, teacher)
-        judged = [loop._backend.network(samples[teacher], one_hot[teacher]) for samples in (real, fake)]
+        judged = [loop._backend.network(half, one_hot[teacher]) for half in samples[teacher].chunk(2)]
         losses.append(discriminator_loss(*judged))
-    stacked_losses = vmap(stacked._backend._training_loss)(parameters, real, fake, one_hot)
+    stacked_losses = vmap(stacked._backend._training_loss)(parameters, samples, one_hot)
     torch.testing.assert_close(stacked_losses, torch.stack(losses), rtol=1e-5, atol=0)
-    by_loop = loop._backend.training_gradients(parameters, real, fake, one_hot)
-    by_stack = stacked._backend.training_gradients(parameters, real, fake, one_hot)
+    by_loop = loop._backend.training_gradients(parameters, samples, one_hot)
+    by_stack = stacked._backend.training_gradients(parameters, samples, one_hot)
     for name, gradient in by_loop.items():
         torch.testing.assert_close(by_stack[name], gradient, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("objective", ["non_saturating", "wasserstein"])
+def test_dense_layers_by_hand_equal_their_derivatives(objective):
+    torch.manual_seed(2)
+    network = NETWORKS["mlp"](SHAPE, CLASSES)
+    parameters = {name: torch.randn(TEACHERS, *values.shape) / 5 for name, values in network.named_parameters()}
+    samples, one_hot = torch.rand(TEACHERS, 2 * BATCH, *SHAPE), torch.eye(CLASSES)[torch.arange(BATCH) % CLASSES]
+    by_hand, derived = (kind(network, objective=objective) for kind in (DenseBackend, StackedBackend))
+    for num in (2, TEACHERS, 3):  # the memory that is kept serves fewer and more teachers
+        own = {name: values[:num] for name, values in parameters.items()}
+        given = own, samples[:num], one_hot.expand(num, -1, -1), torch.rand(BATCH)
+        expected = derived.training_gradients(*given)
+        for name, gradient in by_hand.training_gradients(*given).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-13)
+    for what in ("logits", "descent_directions"):
+        found = [getattr(one, what)(parameters, samples[0, :BATCH], one_hot) for one in (by_hand, derived)]
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+
+def test_dense_layers_are_worked_out_by_hand_where_teachers_are_stacked():
+    assert type(make_teachers("mlp", "auto")._backend) is DenseBackend
+    assert type(make_teachers("small_conv", "stacked")._backend) is StackedBackend
+
+
+def test_a_teacher_that_is_sure_learns_on():
+    """The slope of softplus is tiny far out and no zero, as sigmoid - 1 is in single precision."""
+    backend = DenseBackend(NETWORKS["mlp"](SHAPE, CLASSES))
+    parameters = {name: torch.zeros(1, *values.shape) for name, values in backend.network.named_parameters()}
+    for name, total in (("hidden0.weight", 1.0), ("hidden1.weight", 1.0), ("head.weight", 60.0)):
+        parameters[name] += total / parameters[name].shape[2]
+    parameters["head.bias"] -= 30
+    samples, one_hot = torch.stack([torch.ones(SHAPE), torch.zeros(SHAPE)])[None], torch.eye(CLASSES)[None, :1]
+    gradient = backend.training_gradients(parameters, samples, one_hot)["head.weight"][0, 0]  # logits 30 and -30
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -math.exp(-30)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.usefixtures("_double")
@@ -302,9 +341,10 @@ class TestWasserstein:
         loop, stacked = (make_teachers(network, backend, objective="wasserstein") for backend in ("loop", "stacked"))
         parameters = loop.state_dict()["parameters"]
         fakes = fakes_of(torch.arange(CLASSES).repeat(BATCH)).unflatten(0, (BATCH, CLASSES))
-        real, fake, one_hot = loop._round_batch(slice(0, TEACHERS), fakes, 0)
+        samples, one_hot = loop._round_batch(slice(0, TEACHERS), fakes, 0)
+        real, fake = samples.chunk(2, 1)
         shares = torch.tensor([0.0, 0.3, 0.5, 1.0])
-        found = [t._backend.training_gradients(parameters, real, fake, one_hot, shares) for t in (loop, stacked)]
+        found = [t._backend.training_gradients(parameters, samples, one_hot, shares) for t in (loop, stacked)]
         teacher, module = 3, NETWORKS[network](SHAPE, CLASSES)
         module.load_state_dict({name: stack[teacher] for name, stack in parameters.items()})
         mixed = shares[:, None, None, None] * real[teacher] + (1 - shares[:, None, None, None]) * fake[teacher]

@@ -32,8 +32,9 @@ class PrivateLabels(DiscriminatorTeachers):
         super().train(make_fakes, step=step)
 
     def _round_batch(self, teachers, fakes, step):
-        real, _, one_hot = super()._round_batch(teachers, fakes, step)
-        return real, self._make_private()[teachers], one_hot
+        samples, one_hot = super()._round_batch(teachers, fakes, step)
+        samples[:, one_hot.shape[1] :] = self._make_private()[teachers]
+        return samples, one_hot
 
 
 def make_shards(kind):

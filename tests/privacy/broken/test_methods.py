@@ -50,16 +50,19 @@ def gan(gan_class=TeacherEnsembleGAN, teachers_class=DiscriminatorTeachers, **op
 class SharedAdam(DiscriminatorTeachers):
     """All teachers use the Adam slots of the first, as the published program does (flaw F1)."""
 
-    def _moments(self, teachers):
-        return super()._moments(slice(0, teachers.stop - teachers.start))
+    def bind(self, *args, **options):
+        super().bind(*args, **options)
+        own = self._stacks.moments
+        self._stacks.moments = lambda teachers: own(slice(0, teachers.stop - teachers.start))
 
 
 class ShowsAMeanOfAll(DiscriminatorTeachers):
     """Every teacher subtracts the mean image of all records, fitted without privacy."""
 
     def _round_batch(self, teachers, fakes, step):
-        real, fake, one_hot = super()._round_batch(teachers, fakes, step)
-        return real - self._shards.images.float().mean(0) / 255, fake, one_hot
+        samples, one_hot = super()._round_batch(teachers, fakes, step)
+        samples[:, : one_hot.shape[1]] -= self._shards.images.float().mean(0) / 255
+        return samples, one_hot
 
 
 class SharedBatchNorm(DiscriminatorTeachers):
