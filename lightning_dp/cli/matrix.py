@@ -22,8 +22,9 @@ _LEGEND = (
     "beside it, with the options of the configuration; the numbers give the reason of a refusal."
 )
 
-# Nothing is calibrated: the matrix asks what is proved, not what it costs.
+# Nothing is calibrated: the matrix asks what is proved, not what it costs. A warm start has no noise without a target.
 _ONE_RELEASE = (
+    *("--warm_start", "null"),
     *("--privacy.target_epsilon", "null", "--privacy.noise_multiplier", "1"),
     *("--trainer.max_steps", "1"),
 )

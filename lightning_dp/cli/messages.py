@@ -46,6 +46,8 @@ def unknown_class(where: str, name: str, base: type | None) -> str:
         name: What the user wrote.
         base: What it had to be a subclass of, None where that is not known.
     """
+    if base is not None and (found := _subclass(base, name)) is not None and (lacks := _lacks(found)):
+        return _unfinished_line(where, name, lacks)
     known = subclass_names(base) if base is not None else []
     choices = f"; choose from {', '.join(known)}." if known else "."
     return f"Unknown --{where} {name!r}{choices}{nearest(name.rpartition('.')[2], known)}"
@@ -60,7 +62,7 @@ def explain(message: str, roots: Mapping[str, type], flags: Iterable[str] = ()) 
         flags: All flags of the command (without dashes), for the nearest match.
     """
     text = " ".join(message.split())
-    rules = (_required, _unknown_option, _unknown_name, _bare_options, _literal, _wrong_type, _config_file)
+    rules = (_required, _unknown_option, _unknown_name, _unfinished, _bare_options, _literal, _wrong_type, _config_file)
     for rule in rules:
         if (found := rule(text, roots, list(flags))) is not None:
             return found
@@ -117,6 +119,14 @@ def _unknown_name(text: str, roots: Mapping[str, type], flags: list[str]) -> str
     return unknown_class(_key(text), found[1], _base_of(text, roots))
 
 
+def _unfinished(text: str, roots: Mapping[str, type], flags: list[str]) -> str | None:
+    if "Expected an instantiatable class, but is abstract" not in text:
+        return None
+    path = re.search(r"[\w.]+\.\w+", _value(text) or "")
+    lacks = _lacks(_load(path[0])) if path is not None else []
+    return _unfinished_line(_key(text), path[0], lacks) if path is not None and lacks else None
+
+
 def _bare_options(text: str, roots: Mapping[str, type], flags: list[str]) -> str | None:
     if re.search(r"Not a valid subclass of \w+", text) is None:
         return None
@@ -158,6 +168,10 @@ def _config_file(text: str, roots: Mapping[str, type], flags: list[str]) -> str 
     if found := re.search(r"Parser key \"(\w+)\": Unable to load config '([^']+)'", text):
         return f"--{found[1]} is a group; set its options one by one (--{found[1]}.NAME VALUE), not {found[2]!r}."
     return None
+
+
+def _unfinished_line(where: str, name: str, lacks: list[str]) -> str:
+    return f"{name} cannot be used as --{where} yet: implement {', '.join(lacks)}."
 
 
 # Parts of a message --------------------------------------------------------------------------------------------------
@@ -211,6 +225,22 @@ def _load(path: str) -> Any:
         return getattr(importlib.import_module(module), name, None)
     except (ImportError, ValueError):
         return None
+
+
+def _subclass(base: type, name: str) -> type | None:
+    """Return the imported subclass of that name, finished or not."""
+    sub: type
+    for sub in base.__subclasses__():
+        if sub.__name__ == name:
+            return sub
+        if (found := _subclass(sub, name)) is not None:
+            return found
+    return None
+
+
+def _lacks(cls: Any) -> list[str]:
+    """Return the abstract methods that a class has left open."""
+    return sorted(getattr(cls, "__abstractmethods__", ()))
 
 
 def _has_unset_class_variable(cls: type) -> bool:

@@ -8,7 +8,7 @@ neighbouring step may do to the rows; nothing else in the project restates it.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, ClassVar, Final, Literal, TypeAlias, final
+from typing import Any, ClassVar, Final, Literal, TypeAlias, final, get_args
 
 import torch
 from dp_accounting import NeighboringRelation
@@ -67,6 +67,15 @@ class Mechanism(ABC):
     total_dtype: ClassVar[torch.dtype] = torch.float64
     is_private: ClassVar[bool] = True
     noise: NoiseLaw = "gaussian"  # what `perturb` draws; a constructor option where encoded rows can lie on a grid
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a class that leaves open what it has a proof for."""
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "kinds"):
+            raise TypeError(
+                f"Expected {cls.__name__}.kinds, a frozenset out of {', '.join(get_args(ContributionKind))}: the "
+                "contributions for which the mechanism has a proof. Got none."
+            )
 
     # What a mechanism states -----------------------------------------------------------------------------------------
 

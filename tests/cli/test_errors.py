@@ -10,7 +10,21 @@ import yaml
 
 from datamodules import EmbeddedDigits
 from lightning_dp.cli import main
+from lightning_dp.mechanisms.base import Mechanism
 from tests.cli.runs import TINY, changed
+
+
+class Unfinished(Mechanism):
+    """A mechanism whose author was called away."""
+
+    kinds = frozenset({"teacher"})
+
+    def row_bound(self, spec):
+        return 1.0
+
+    def encode(self, rows, spec, context):
+        return 0 * rows
+
 
 MISTAKES = {
     # names
@@ -19,6 +33,8 @@ MISTAKES = {
     "mechanism.class_path": (["--mechanism.class_path", "TopAg"], ["choose from", "Gaussian", "Did you mean TopAgg?"]),
     "mechanism by path": (["--mechanism", "lightning_dp.mechanisms.topagg.TopAg"], ["choose from", "mean TopAgg?"]),
     "mechanism null": (["--mechanism", "null"], ["choose from", "Gaussian", "NoPrivacy", "TopAgg"]),
+    "mechanism half written": (["--mechanism", f"{__name__}.Unfinished"], ["as --mechanism yet", "implement decode."]),
+    "the same by its name": (["--mechanism", "Unfinished"], ["Unfinished cannot be used as", "implement decode."]),
     "mechanism of another kind": (
         ["--mechanism", "EnergyTeachers"],
         ["choose from", "Gaussian", "NoPrivacy", "TopAgg"],

@@ -1,0 +1,18 @@
+"""The table of what runs with what, from configurations of whole runs."""
+
+import shutil
+from pathlib import Path
+
+from tests.cli.runs import TINY
+
+WARM = Path(__file__).parents[2] / "configs/experiment/dpvae_mnist_warm.yaml"
+
+
+def test_the_table_names_levels_and_refusals(cli, tmp_path):
+    for path in (WARM, TINY):
+        shutil.copy(path, tmp_path)
+    out = cli("matrix", "--configs", tmp_path, "--markdown").out
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("|")}
+    assert "dpvae_mnist_warm" in rows["DPVAE"]  # a warm start fixes no noise without a target
+    assert "PROVED A R Z" in rows["DPVAE"]
+    assert "refused" in rows["TeacherEnsembleGAN"]
