@@ -15,6 +15,7 @@ from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.merf import DPMERF
 from lightning_dp.modules.moments import MomentsModule
 from lightning_dp.modules.pate_gan import PATEGAN
+from lightning_dp.modules.semi_dual import SemiDualSinkhorn
 from lightning_dp.modules.sinkhorn import DPSinkhorn
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.modules.vae import DPVAE
@@ -64,6 +65,7 @@ __all__ = [
     "MomentsModule",
     "NoPrivacy",
     "ScatteringClassifier",
+    "SemiDualSinkhorn",
     "SinkhornConvGenerator",
     "SinkhornResidualGenerator",
     "SmallConvDiscriminator",

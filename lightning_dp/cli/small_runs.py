@@ -22,6 +22,7 @@ _MODELS = {
     "DP2VAE": _RECORDS,
     "DPGAN": (*_RECORDS, "--model.generator.width", "8", "--model.critic.width", "8"),
     "DPSinkhorn": (*_RECORDS, "--model.images_per_step", "5"),
+    "SemiDualSinkhorn": (*_RECORDS, "--model.images_per_class", "2"),
     "MomentsModule": ("--model.generator.num_coefficients", "10"),
     "DPMERF": ("--model.num_frequencies", "20", "--model.train_steps", "2"),
 }

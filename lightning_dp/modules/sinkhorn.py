@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
@@ -19,12 +18,9 @@ from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.losses.sinkhorn import SinkhornSolver, cross_term, self_term
 from lightning_dp.losses.transport_cost import PointCloud, TransportCost
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.base import PublicFacts
-from lightning_dp.modules.imitation import imitate
-from lightning_dp.modules.options import check_betas, check_images, check_positive, check_share
-from lightning_dp.modules.records import PoissonModule
-from lightning_dp.modules.release import PublicRows, PublicSamples, Released
-from lightning_dp.modules.schedule import with_cosine_schedule
+from lightning_dp.modules.options import check_positive
+from lightning_dp.modules.release import PublicRows, Released
+from lightning_dp.modules.transport import TransportModule
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
 
@@ -35,7 +31,7 @@ _LATENT, _LABELS, _EXTRA_LATENT = range(3)
 _BATCH_DEVIATIONS = 4.0
 
 
-class DPSinkhorn(PoissonModule):
+class DPSinkhorn(TransportModule):
     """A generator trained by the semi-debiased Sinkhorn loss 2 W(X, Y) - W(X, Z) on Poisson batches Y.
 
     X holds `images_per_step` generated images, whatever the size of the batch, and Z is X with its first images
@@ -90,35 +86,26 @@ class DPSinkhorn(PoissonModule):
         ema_decay: float = 0.0,
         public_seed: int = 0,
     ) -> None:
-        super().__init__(expected_batch_size=expected_batch_size, public_seed=public_seed, ema_decay=ema_decay)
-        check_positive(images_per_step=images_per_step, learning_rate=learning_rate)
-        check_share(final_learning_rate_share=final_learning_rate_share)
-        check_betas(betas)
+        super().__init__(
+            generator,
+            basis,
+            expected_batch_size=expected_batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            final_learning_rate_share=final_learning_rate_share,
+            ema_decay=ema_decay,
+            public_seed=public_seed,
+        )
+        check_positive(images_per_step=images_per_step)
         if not 0 <= debias_ratio <= 1:
             raise ConfigurationError(f"Expected 0 <= model.debias_ratio <= 1, got debias_ratio={debias_ratio}.")
-        if not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise ConfigurationError(f"Expected a finite model.weight_decay >= 0, got weight_decay={weight_decay}.")
-        self.generator = generator
-        self.keep_average(generator)
-        self.basis = basis
         self.cost = TransportCost() if cost is None else cost
         self.solver = SinkhornSolver() if solver is None else solver
         self.images_per_step, self.debias_ratio = images_per_step, debias_ratio
         self.clip_scope, self.released_term = clip_scope, released_term
-        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
-        self.final_learning_rate_share = final_learning_rate_share
 
     # Public facts ----------------------------------------------------------------------------------------------------
-
-    @override
-    def describe_data(self, data: PublicFacts) -> None:
-        super().describe_data(data)
-        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
-
-    @property
-    def point_dim(self) -> int:
-        """Numbers by which one image is compared."""
-        return self.basis.dim if self.basis is not None else math.prod(self.generator.image_shape)
 
     @property
     def release_shape(self) -> tuple[int, int]:
@@ -141,29 +128,7 @@ class DPSinkhorn(PoissonModule):
         num_vectors, vector_dim = self.release_shape
         return ContributionSpec.joint(num_vectors=num_vectors, vector_dim=vector_dim)
 
-    @override
-    def released_networks(self) -> dict[str, nn.Module]:
-        return {"generator": self.generator}
-
-    @override
-    def released_generator(self) -> Generator:
-        """Return the generator that is sampled and published: the average if there is one."""
-        return self.averaged(self.generator)
-
     # Training --------------------------------------------------------------------------------------------------------
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = self.generator.parameter_groups(self.learning_rate)
-        optimizer = torch.optim.Adam(groups, betas=self.betas, weight_decay=self.weight_decay)
-        return with_cosine_schedule(
-            optimizer, num_steps=self.planned_releases, final_share=self.final_learning_rate_share
-        )
-
-    @override
-    def learn_from_samples(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
-        imitate(self.generator, samples, steps=steps, learning_rate=learning_rate, seed=seed)
-        self.start_average()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -175,10 +140,7 @@ class DPSinkhorn(PoissonModule):
         rows = self.joint_rows(records, generated[: self.images_per_step], own) if self.ranks.rank == 0 else ()
         released = self.release(rows, self.release_shape)
         self.backward_released(points, self._with_public_part(released, own))
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr]
-        self.finish_step()
+        self.follow()
 
     def generated_points(self) -> tuple[Tensor, Tensor]:
         """Return the generated images of this step as points, with labels: n compared with records, then k more.
@@ -193,10 +155,10 @@ class DPSinkhorn(PoissonModule):
         stream = self.public_stream(_LABELS)
         labels = torch.randint(self.generator.num_classes, (num,), generator=stream).to(self.device)
         latent = self.generator.sample_latent(num, self.public_stream(_LATENT))
-        parts, labels_of_parts = [self._points(self.generator(latent, labels))], [labels]
+        parts, labels_of_parts = [self.points_of(self.generator(latent, labels))], [labels]
         if extra > 0:
             latent = self.generator.sample_latent(extra, self.public_stream(_EXTRA_LATENT))
-            parts.append(self._points(self.generator(latent, labels[:extra])))
+            parts.append(self.points_of(self.generator(latent, labels[:extra])))
             labels_of_parts.append(labels[:extra])
         return torch.cat(parts), torch.cat(labels_of_parts)
 
@@ -250,10 +212,5 @@ class DPSinkhorn(PoissonModule):
         missing = size - len(records)
         log_weights = torch.full((size,), -math.inf, dtype=torch.float64, device=self.device)
         log_weights[: len(records)] = -math.log(len(records))
-        points = self._points(self.images_of(records))
+        points = self.points_of(self.images_of(records))
         return PointCloud(F.pad(points, (0, 0, 0, missing)), F.pad(self.labels_of(records), (0, missing)), log_weights)
-
-    def _points(self, images: Tensor) -> Tensor:
-        """Return images in [0, 1] as points of the scale of pixels in [-1, 1]; a shift would change no cost."""
-        judged: Tensor = images.flatten(1) if self.basis is None else self.basis(images)
-        return 2 * judged.float() if judged.dtype == torch.bfloat16 else 2 * judged

@@ -78,7 +78,7 @@ def wait_until(condition, seconds: float = PATIENCE_S) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", ["datalens_mnist_cpu", "dpsgd_mnist", "dpsinkhorn_mnist_cpu", "dpgan_mnist_cpu", "moments_mnist"]
+    "name", ["datalens_mnist_cpu", "dpsgd_mnist", "dpsinkhorn_mnist_joint_cpu", "dpgan_mnist_cpu", "moments_mnist"]
 )
 def test_every_kind_runs_on_two_processes(tmp_path, name):
     path = FOLDER / f"{name}.yaml"

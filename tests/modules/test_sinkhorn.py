@@ -151,7 +151,7 @@ class TestBatches:
         points, labels = (part[:6].detach() for part in module.generated_points())
         ids = torch.tensor([2, 7, 8])
         padded = cross_term(PointCloud(points, labels), module._padded(ids), cost=module.cost, solver=module.solver)
-        plain = PointCloud(module._points(module.images_of(ids)), module.labels_of(ids))
+        plain = PointCloud(module.points_of(module.images_of(ids)), module.labels_of(ids))
         exact = cross_term(PointCloud(points, labels), plain, cost=module.cost, solver=module.solver)
         torch.testing.assert_close(padded[1], exact[1], rtol=1e-4, atol=1e-6)
 
@@ -221,9 +221,9 @@ class TestPublicHalf:
     def test_points_have_the_scale_of_pixels_from_minus_one_to_one(self):
         module = tiny_sinkhorn()
         black, white = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
-        assert (module._points(white) - module._points(black)).norm().item() == pytest.approx(2 * 8)
+        assert (module.points_of(white) - module.points_of(black)).norm().item() == pytest.approx(2 * 8)
         module = tiny_sinkhorn(basis=LowFrequencyDCT((1, 8, 8), 64))
-        assert (module._points(white) - module._points(black)).norm().item() == pytest.approx(2 * 8, rel=1e-5)
+        assert (module.points_of(white) - module.points_of(black)).norm().item() == pytest.approx(2 * 8, rel=1e-5)
 
 
 class TestTraining:

@@ -18,6 +18,7 @@ from lightning_dp.modules.warm_start import MomentsWarmStart
 from tests.conftest import TinyData, settings, tiny_gan, tiny_generator, trainer_for
 from tests.modules.test_dpgan import tiny_dpgan
 from tests.modules.test_dpsgd import tiny_dpsgd
+from tests.modules.test_semi_dual import tiny_semi_dual
 from tests.modules.test_sinkhorn import tiny_sinkhorn
 from tests.modules.test_vae import tiny_vae
 
@@ -46,6 +47,7 @@ def learned(module):
     [
         (tiny_gan, TopAgg(top_k=4), "replace_one"),
         (tiny_sinkhorn, Gaussian(), "add_or_remove_one"),
+        (tiny_semi_dual, Gaussian(), "add_or_remove_one"),
         (tiny_vae, Gaussian(), "add_or_remove_one"),
         (tiny_dpgan, Gaussian(), "add_or_remove_one"),
     ],
@@ -157,7 +159,7 @@ def samples_of_bars() -> PublicSamples:
     return PublicSamples(images, torch.arange(40) // 20)
 
 
-@pytest.mark.parametrize("make", [tiny_gan, tiny_sinkhorn, tiny_vae, tiny_dpgan])
+@pytest.mark.parametrize("make", [tiny_gan, tiny_sinkhorn, tiny_semi_dual, tiny_vae, tiny_dpgan])
 def test_every_generator_learns_from_samples(make):
     torch.manual_seed(0)
     module, samples = make(), samples_of_bars()
