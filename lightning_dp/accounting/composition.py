@@ -94,7 +94,11 @@ def checked_delta(delta: float) -> float:
 
 
 def canonical_terms(counts: Counts) -> Terms:
-    """Return counts in one canonical order, checked, without zeros, with sampling at rate 1 read as full."""
+    """Return counts in one canonical order, checked, without zeros, with sampling at rate 1 read as full.
+
+    Raises:
+        ConfigurationError: A count is no integer >= 0.
+    """
     merged: dict[tuple[ReleaseEvent, Sampling], int] = {}
     for (event, sampling), count in counts.items():
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
@@ -126,7 +130,15 @@ def compose(
 ) -> EpsilonResult:
     """Dispatch to one accountant; cached because a PLD takes a second.
 
-    A rough answer is a bound too: its PLDs have a grid ten times as coarse, at a tenth of the time.
+    Args:
+        terms: From `canonical_terms`.
+        delta: In (0, 1).
+        relation: That of the events' sensitivities.
+        accountant: As in `compute_epsilon`.
+        is_rough: A rough answer is a bound too: its PLDs have a grid ten times as coarse, at a tenth of the time.
+
+    Raises:
+        ConfigurationError: The accountant cannot compose these terms; "auto" always can.
     """
     if not terms:
         return EpsilonResult(0.0, "none", ("nothing was released",))
@@ -155,7 +167,13 @@ def compose(
 
 
 def quick_bounds(terms: Terms, delta: float, relation: NeighboringRelation) -> list[EpsilonResult]:
-    """Return every bound that needs no PLD; never empty."""
+    """Return every bound that needs no PLD; never empty.
+
+    Args:
+        terms: From `canonical_terms`, at least one, all private.
+        delta: In (0, 1).
+        relation: That of the events' sensitivities.
+    """
     bounds = []
     if _is_gaussian(terms):
         bounds.append(_gaussian(_without_sampling(terms), delta, ignored_sampling=not is_unsampled(terms)))
@@ -176,7 +194,15 @@ def _without_sampling(terms: Terms) -> Terms:
 
 
 def total_mu(terms: Terms, accountant: str) -> float:
-    """Return mu of the composition of unsampled Gaussians: the root of the sum of squares."""
+    """Return mu of the composition of unsampled Gaussians: the root of the sum of squares.
+
+    Args:
+        terms: From `canonical_terms`.
+        accountant: Its name, for the error.
+
+    Raises:
+        ConfigurationError: A term is another event, or sampled.
+    """
     squares = []
     for event, sampling, count in terms:
         if not isinstance(event, GaussianRelease) or sampling != _FULL:

@@ -14,6 +14,14 @@ def positive_float(owner: str, name: str, value: Any) -> float:
 
     The cast matters: dp-accounting drops events whose noise multiplier is an int or a numpy scalar inside a sampled
     composition, and its RDP accountant answers 0 for NaN noise.
+
+    Args:
+        owner: The event, for the error.
+        name: Its field, for the error.
+        value: What was given.
+
+    Raises:
+        ConfigurationError: It is no finite number > 0.
     """
     try:
         number = float(value) if not isinstance(value, (bool, str, bytes)) else math.nan
@@ -28,7 +36,17 @@ def positive_float(owner: str, name: str, value: Any) -> float:
 
 
 def whole_number(owner: str, name: str, value: SupportsIndex, minimum: int) -> int:
-    """Return value as an int of at least minimum; floats and booleans are refused."""
+    """Return value as an int of at least minimum; floats and booleans are refused.
+
+    Args:
+        owner: The event, for the error.
+        name: Its field, for the error.
+        value: What was given.
+        minimum: The least number allowed.
+
+    Raises:
+        ConfigurationError: It is no such number.
+    """
     try:
         number = index(value) if not isinstance(value, bool) else minimum - 1
     except TypeError:
@@ -39,7 +57,16 @@ def whole_number(owner: str, name: str, value: SupportsIndex, minimum: int) -> i
 
 
 def checked_fields(what: str, cls: type[Any], data: Any) -> dict[str, Any]:
-    """Return data as keyword arguments of a dataclass if it has exactly its fields."""
+    """Return data as keyword arguments of a dataclass if it has exactly its fields.
+
+    Args:
+        what: What the data should be, for the error.
+        cls: The dataclass.
+        data: A mapping, read from a file.
+
+    Raises:
+        ConfigurationError: Fields are missing, or unknown.
+    """
     names = [field.name for field in fields(cls)]
     if not isinstance(data, Mapping) or sorted(map(str, data)) != sorted(names):
         given = sorted(map(str, data)) if isinstance(data, Mapping) else data

@@ -50,7 +50,14 @@ def runs_beyond(ours: list[Run], theirs: list[Run]) -> list[Run]:
 
 
 def parse_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Run]]:
-    """Return header and runs of a state whose checksum holds."""
+    """Return header and runs of a state whose checksum holds.
+
+    Args:
+        state: What `make_state` returned, as a checkpoint kept it.
+
+    Raises:
+        LedgerError: It was altered, or is incomplete.
+    """
     try:
         body = {name: state[name] for name in ("format", "header", "runs")}
         if digest("", canonical_json(body)) != state["sha256"] or set(state) != {*body, "sha256"}:

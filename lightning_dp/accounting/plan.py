@@ -58,7 +58,12 @@ def claimed_counts(ledger: PrivacyLedger) -> Counts:
 
 
 def keeps_plan(counts: Counts, planned: Counts | None) -> bool:
-    """Tell whether the releases are among those planned."""
+    """Tell whether the releases are among those planned.
+
+    Args:
+        counts: What was released.
+        planned: What was fixed beforehand; None where there was no plan, which every release keeps to.
+    """
     return planned is None or all(count <= planned.get(key, 0) for key, count in counts.items())
 
 

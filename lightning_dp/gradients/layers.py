@@ -208,6 +208,13 @@ def patches(
     """Return what a kernel meets at each place of a grid, (n, h, w, kernel, C), of maps (n, C, H, W).
 
     One copy out of a strided view, where `F.unfold` takes several times as long.
+
+    Args:
+        maps: (n, C, H, W).
+        kernel: Its height and width.
+        stride: Vertical and horizontal.
+        padding: The same.
+        grid: (h, w), how often the kernel is laid.
     """
     maps = F.pad(maps, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else maps
     num, channels = maps.shape[:2]

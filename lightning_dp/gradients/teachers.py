@@ -94,6 +94,11 @@ class TeacherShards:
     def check_fit(self, *, num_teachers: int, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         """Refuse an ensemble, or a statement on the data, that these shards do not fit.
 
+        Args:
+            num_teachers: Of the ensemble.
+            num_classes: Of the data.
+            image_shape: (C, H, W) of the data.
+
         Raises:
             ConfigurationError: Teachers, shape or labels differ.
         """
@@ -126,6 +131,11 @@ class TeacherShards:
 
         Rounds walk through each shard in order and wrap within it, so a shard of another size moves nobody else.
         Empty shards point at record 0; the caller must use `sizes` to let these teachers abstain.
+
+        Args:
+            teachers: Places of the teachers.
+            batch: Records of each in a round.
+            step: Number of the round, from 0.
         """
         sizes = self.sizes[teachers].clamp(min=1)
         walk = step * batch + torch.arange(batch, device=sizes.device)

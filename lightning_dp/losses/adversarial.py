@@ -13,7 +13,15 @@ _SLOPE_EPS = 1e-12  # the norm of a zero slope has no gradient
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Return mean softplus(-D(real)) + mean softplus(D(fake)), a scalar, of logits (B,) each."""
+    """Return mean softplus(-D(real)) + mean softplus(D(fake)), a scalar.
+
+    Args:
+        real_logits: Of records, (B,), high for real.
+        fake_logits: Of fakes, (B,).
+
+    References:
+        Goodfellow et al. (2014) "Generative adversarial nets", Algorithm 1 and section 3.
+    """
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 

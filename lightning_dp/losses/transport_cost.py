@@ -96,6 +96,9 @@ class TransportCost:
             second: m points.
             at_once: Write the formula of all pairs and coordinates, for a compiler that makes one loop of it; without
                 one it would hold them all.
+
+        Raises:
+            ValueError: One cloud has labels and the other has none.
         """
         if at_once:
             total = self._costs_at_once(_wide(first.points), _wide(second.points))

@@ -103,6 +103,11 @@ class Mechanism(ABC):
 
         A rotation of every vector, drawn from public numbers: bounds and sensitivities stay what they are. `decode`
         rotates back.
+
+        Args:
+            spec: Public facts about the rows.
+            release_number: Number of the release in the ledger.
+            public_seed: Seed of public randomness.
         """
         return None
 
@@ -151,6 +156,11 @@ class Mechanism(ABC):
 
         Called for private rows only, after the ledger was charged: public rows that pass the same encoding must not
         meet the same draws.
+
+        Args:
+            encoded: What `encode` returned, (num_rows, num_vectors, encoded_dim); may be overwritten.
+            plan: The plan that the ledger was charged for.
+            context: The secret source and the ids of the rows, by which draws are keyed.
         """
         return encoded
 
@@ -167,6 +177,15 @@ class Mechanism(ABC):
         """Return the measured value, which may be overwritten, with noise of `noise_std` on every coordinate.
 
         A mechanism that perturbs in another way states another event (`step_event`) and an equal `mean`.
+
+        Args:
+            measured: What `measure` returned, float64. Private.
+            plan: The plan that the ledger was charged for.
+            noise: The secret source.
+            release_number: The number under which the ledger already holds this release.
+
+        Returns:
+            The shape of `measured`, float64; safe.
         """
         if self.noise != "gaussian":
             step, std = self.grid_step(plan.spec), self.noise_std(plan)
@@ -182,17 +201,37 @@ class Mechanism(ABC):
         return drawn.to(measured.device).add_(measured)
 
     def mean(self, measured: Tensor, plan: ReleasePlan) -> Tensor:
-        """Return the mean of what `decode` would be handed; for values computed from public rows only."""
+        """Return the mean of what `decode` would be handed; for values computed from public rows only.
+
+        Args:
+            measured: What `measure` returned for public rows, float64.
+            plan: The plan of the private rows.
+        """
         return measured
 
     @abstractmethod
     def decode(self, noisy: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
-        """Return the usable direction from the perturbed value: post-processing with public quantities only."""
+        """Return the usable direction from the perturbed value: post-processing with public quantities only.
+
+        Args:
+            noisy: What `perturb` returned, float64; may be overwritten.
+            plan: The plan, whose `spec.rows_per_vector` divides a sum.
+            release_number: Number of the release in the ledger, for public randomness.
+            public_seed: Seed of public randomness.
+
+        Returns:
+            (num_vectors, vector_dim), floating point.
+        """
 
     # What the project may ask of it ----------------------------------------------------------------------------------
 
     def adapt(self, noisy: Tensor, plan: ReleasePlan) -> None:
-        """Set what the next release uses, from this one's perturbed value: post-processing. Nothing by default."""
+        """Set what the next release uses, from this one's perturbed value: post-processing. Nothing by default.
+
+        Args:
+            noisy: What `perturb` returned; `decode` may have overwritten it.
+            plan: The plan of the run.
+        """
         return
 
     def state_dict(self) -> dict[str, float]:
@@ -200,7 +239,11 @@ class Mechanism(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ConfigurationError: The state is that of another mechanism.
+        """
         if state:
             raise ConfigurationError(
                 f"The checkpoint holds {', '.join(state)} of an adaptive mechanism, but --mechanism "
@@ -209,7 +252,15 @@ class Mechanism(ABC):
 
     @final
     def l2_sensitivity(self, spec: ContributionSpec, relation: NeighboringRelation) -> float:
-        """Return how far the measured value can move between neighbours under `relation`."""
+        """Return how far the measured value can move between neighbours under `relation`.
+
+        Args:
+            spec: Public facts about the rows.
+            relation: The neighbouring relation.
+
+        Raises:
+            ConfigurationError: The method has no proof under this relation.
+        """
         bound, diameter = self.row_bound(spec), self.row_diameter(spec)
         return max(change.distance(bound=bound, diameter=diameter) for change in spec.alternatives(relation))
 

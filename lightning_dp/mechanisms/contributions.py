@@ -86,6 +86,11 @@ class ContributionSpec:
         Add-or-remove-one has no proof, not even under a keyed hash: ids are positions in the file, so the records
         behind one that leaves would change their teachers, and the batch of every trained teacher follows N. Wanted
         are stable record ids and a batch size that does not depend on N.
+
+        Args:
+            num_teachers: Teachers, public.
+            vectors_per_row: Fake images of a release.
+            vector_dim: Length of the vector judged per image.
         """
         one = (RowChange(num_replaced=1),)
         return cls(
@@ -179,7 +184,13 @@ class ContributionSpec:
     def records(
         cls, *, expected_batch_size: float, vector_dim: int, segments: tuple[int, ...] | None = None
     ) -> "ContributionSpec":
-        """Describe per-record gradients: an absent record contributes zero."""
+        """Describe per-record gradients: an absent record contributes zero.
+
+        Args:
+            expected_batch_size: Mean number of records of a step, public: the divisor of the sum.
+            vector_dim: Entries of a gradient.
+            segments: Lengths of its layers, end to end; None where it has none.
+        """
         toggled = (RowChange(num_toggled=1),)
         return cls(
             kind="record",
@@ -199,6 +210,10 @@ class ContributionSpec:
 
         Replace-one is left out: under Poisson sampling, accountants take half of its sensitivity as the distance that a
         record's absence makes, and a joint gradient moves by the whole 2C when a record is absent.
+
+        Args:
+            num_vectors: Parts that the mechanism bounds by themselves.
+            vector_dim: Length of a part.
         """
         moved = (RowChange(num_replaced=1),)
         return cls(

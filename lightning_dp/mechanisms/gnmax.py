@@ -198,7 +198,18 @@ def public_projections(
 
 @lru_cache(maxsize=32)  # the same projections serve every chunk of a release
 def public_normals(dim: int, num_projections: int, *, public_seed: int, release_number: int, vectors: range) -> Tensor:
-    """Return the entries of `public_projections` times sqrt(m), as whole multiples of 2^-15 (that many units)."""
+    """Return the entries of `public_projections` times sqrt(m), as whole multiples of 2^-15 (that many units).
+
+    Args:
+        dim: Length of a vector.
+        num_projections: m.
+        public_seed: Seed of public randomness.
+        release_number: Each release has projections of its own.
+        vectors: Places of the vectors in the release; each has projections of its own.
+
+    Returns:
+        (len(vectors), dim, m), float64.
+    """
     drawn = np.empty((len(vectors), dim, num_projections))
     for place, vector in enumerate(vectors):
         stream = np.random.default_rng((public_seed % 2**63, release_number, vector))

@@ -47,6 +47,10 @@ def cut_to_grid(rows: Tensor, *, step: float, bound: float, factors: Tensor | fl
 def whole_steps(values: Tensor, step: float) -> Tensor:
     """Return values that lie on a grid as numbers of steps, int64.
 
+    Args:
+        values: Of any shape, float64.
+        step: Of the grid, > 0.
+
     Raises:
         PrivacyProtocolError: They do not lie on it, or too far out for float64 to tell.
     """

@@ -190,7 +190,13 @@ class TopAgg(Mechanism):
 
 @lru_cache(maxsize=2)  # the same basis serves every chunk of a release
 def public_rotation(dim: int, public_seed: int, release_number: int) -> Tensor:
-    """Return a random orthonormal basis, (dim, dim), float64, a function of public numbers only."""
+    """Return a random orthonormal basis, (dim, dim), float64, a function of public numbers only.
+
+    Args:
+        dim: Length of a vector.
+        public_seed: Seed of public randomness.
+        release_number: Each release has a basis of its own.
+    """
     generator = torch.Generator().manual_seed((public_seed * 1_000_003 + release_number) % (2**63))
     gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(gaussian).Q
