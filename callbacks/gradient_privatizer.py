@@ -59,6 +59,7 @@ class GradientPrivatizer(pl.Callback):
         self.raw_telemetry = raw_telemetry
         self._warm: WarmPlan | None = None
         self.plan: ReleasePlan | None = None
+        self._own: tuple[ReleaseEvent, Sampling] | None = None
         self._session: ReleaseSession | None = None
 
     def plan_run(self, module: PrivateModule, data: PublicFacts, max_steps: int | None) -> PrivacyBudget:
@@ -85,6 +86,11 @@ class GradientPrivatizer(pl.Callback):
             return priced.step_event(plan)
 
         spec.alternatives(settings.relation)
+        if spec.is_undercharged and not module.unverified:
+            raise ConfigurationError(
+                f"{type(module).__name__} charges less than its rows send, and its claim does not say so; say it in "
+                "PrivateModule.unverified, or charge all vectors of a row."
+            )
         if not self.mechanism.is_private and settings.target_epsilon is None and settings.noise_multiplier is None:
             settings = replace(settings, noise_multiplier=1.0)  # nothing reads it: max_steps alone is the length
         before = self._plan_warm_start(module, data)
@@ -135,7 +141,7 @@ class GradientPrivatizer(pl.Callback):
         pl_module.insecure_seed = self.accountant.privacy.insecure_seed
         pl_module.ranks = ranks_of(trainer.strategy)
         header = self.public_header(pl_module, data, budget)
-        own = (self.mechanism.step_event(self._plan), pl_module.sampling)
+        self._own = own = (self.mechanism.step_event(self._plan), pl_module.sampling)
         self.accountant.open(budget, header, next_release=own, ranks=pl_module.ranks)
         plan = f"Privacy: {budget.num_releases} releases of {self._mechanism_name}"
         if not self.mechanism.is_private:
@@ -202,6 +208,11 @@ class GradientPrivatizer(pl.Callback):
             self.warm_start.warm_up(pl_module, self._warm, open_session, seed=self.public_seed)
             _logger.info("Warm start made: 1 release, and samples of it to learn from.")
         session = open_session(self.mechanism, self._plan, pl_module.sampling)
+        if (session.event, session.sampling) != self._own:
+            raise PrivacyProtocolError(
+                f"Expected releases as planned, {self._own}, got {(session.event, session.sampling)}: options of model "
+                "or mechanism were changed between set-up and the start of training. Set them before trainer.fit()."
+            )
         self._session = session
         pl_module.attach(session, trainer.optimizers)
 

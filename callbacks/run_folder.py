@@ -83,6 +83,7 @@ class RunFolder(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, PrivateModule):
             raise PrivacyProtocolError("RunFolder was moved to another module after setup.")
+        pl_module.check_published()
         claim = self.privatizer.accountant.claim()
         (self.path / CLAIM_FILE).write_text(
             json.dumps({**claim.to_dict(), "statement": claim.statement()}, indent=2) + "\n"

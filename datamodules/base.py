@@ -186,6 +186,11 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @property
+    def origin(self) -> str:
+        """Name of the collection that the records are of: two data sets of one origin may share records."""
+        return self.facts.name
+
+    @property
     def published_checksums(self) -> tuple[str, ...]:
         """Checksums that the publisher states, and that `read` verifies; none for unpublished records."""
         return ()

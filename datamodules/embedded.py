@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from datamodules.base import ImageDataModule, ImageSplits
-from datamodules.catalogue import DatasetFacts
+from datamodules.catalogue import MNIST_FILES, DatasetFacts
 from lightning_dp.errors import DataError
 
 _PER_CLASS = 500
@@ -39,6 +39,11 @@ class EmbeddedDigits(ImageDataModule):
 
     def __init__(self, num_train: int | None = None, steps_per_epoch: int = 100) -> None:
         super().__init__(num_train=num_train, steps_per_epoch=steps_per_epoch)
+
+    @property
+    def origin(self) -> str:
+        """MNIST: all of them come from its training file."""
+        return MNIST_FILES.facts.name
 
     @property
     def published_checksums(self) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ def random_views(images: Tensor, *, ids: Tensor, num_views: int, max_shift: int,
     """Return shifted and mirrored copies of each image.
 
     The draws are keyed by the record's id and the seed: a record that joins or leaves a batch changes nobody else's
-    views, so that averaging them costs no privacy even though the seed is public (De et al. 2022, Section 3.3).
+    views, so that averaging them costs no privacy (De et al. 2022, Section 3.3). Where ids are positions in a file, the
+    seed has to be secret (`PoissonModule.record_seed`).
 
     Args:
         images: (n, C, H, W).
@@ -19,7 +20,7 @@ def random_views(images: Tensor, *, ids: Tensor, num_views: int, max_shift: int,
         num_views: Views of each image, >= 1.
         max_shift: Largest shift in pixels; what enters at the border mirrors the edge.
         flip: Whether views are mirrored left to right with probability 1/2.
-        seed: Public seed of the step.
+        seed: Seed of the step.
 
     Returns:
         (n, num_views, C, H, W).

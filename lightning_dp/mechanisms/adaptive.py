@@ -19,6 +19,8 @@ from lightning_dp.mechanisms.base import (
 from lightning_dp.mechanisms.gaussian import ROUNDING_MARGIN
 from lightning_dp.mechanisms.grid import cut_to_grid, step_below
 
+_RANGE = (1e-100, 1e100)  # of C: its inverse, and products with it, have to be numbers
+
 
 @final
 class AdaptiveGaussian(Mechanism):
@@ -63,6 +65,10 @@ class AdaptiveGaussian(Mechanism):
         for name, value in (("initial_norm", initial_norm), ("adaptation_rate", adaptation_rate)):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigurationError(f"Expected a finite mechanism.{name} > 0, got {name}={value}.")
+        if not _RANGE[0] <= initial_norm <= _RANGE[1]:
+            raise ConfigurationError(f"Expected mechanism.initial_norm between 1e-100 and 1e100, got {initial_norm=}.")
+        if adaptation_rate > 100:
+            raise ConfigurationError(f"Expected mechanism.adaptation_rate <= 100, got {adaptation_rate=}.")
         for name, value in (("target_quantile", target_quantile), ("quantile_share", quantile_share)):
             if not 0 < value < 1:
                 raise ConfigurationError(f"Expected 0 < mechanism.{name} < 1, got {name}={value}.")
@@ -144,7 +150,8 @@ class AdaptiveGaussian(Mechanism):
         """Move C towards the target quantile."""
         count = float(noisy[..., -1].sum()) / self._indicator_scale
         fraction = min(max(count / plan.spec.rows_per_vector + 0.5, 0.0), 1.0)
-        self._norm *= math.exp(-self.adaptation_rate * (fraction - self.target_quantile))
+        factor = math.exp(-self.adaptation_rate * (fraction - self.target_quantile))
+        self._norm = min(max(self._norm * factor, _RANGE[0]), _RANGE[1])
 
     def state_dict(self) -> dict[str, float]:
         """Return C of the next release."""

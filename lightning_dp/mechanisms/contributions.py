@@ -61,6 +61,8 @@ class ContributionSpec:
         rows_never_oppose: Whether no two rows can hold vectors with a negative inner product in the same place. A row
             that changes then moves a sum no further than two that appear, by sqrt 2 bounds instead of two; for
             mechanisms that scale vectors and do nothing else to them.
+        is_undercharged: Whether rows send more vectors than `vectors_per_row`, as published accountings have it; no
+            claim may rest on such a charge.
     """
 
     kind: ContributionKind
@@ -74,6 +76,7 @@ class ContributionSpec:
     has_fixed_rows: bool = True
     segments: tuple[int, ...] | None = None
     rows_never_oppose: bool = False
+    is_undercharged: bool = False
 
     @classmethod
     def teachers(cls, *, num_teachers: int, vectors_per_row: int, vector_dim: int) -> "ContributionSpec":

@@ -35,6 +35,7 @@ class NoiseSource:
     def __init__(self, *, insecure_seed: int | None = None) -> None:
         self.is_secret = insecure_seed is None
         self._process = os.getpid()
+        self._newest = 0  # release that was begun last
         if insecure_seed is None:
             self._secret = secrets.token_bytes(32)
         else:
@@ -55,6 +56,22 @@ class NoiseSource:
     def export_secret(self) -> bytes:
         """Return the secret for a broadcast to the other ranks of this run; never write it anywhere."""
         return self._secret
+
+    def begin(self, release_number: int) -> None:
+        """Take up the next release, whose number must be above all before.
+
+        Two ledgers that share a source would both make a release 1, under the same noise: their difference hides
+        nothing. Under an insecure seed, which audits want for that very purpose, nothing is hidden anyway.
+
+        Raises:
+            PrivacyProtocolError: A release of this number, or a later one, was begun before.
+        """
+        if self.is_secret and release_number <= self._newest:
+            raise PrivacyProtocolError(
+                f"The noise of release {release_number} was asked for after that of release {self._newest}; equal "
+                "noise on two values hides neither. Give every ledger a NoiseSource of its own."
+            )
+        self._newest = release_number
 
     def gaussian(self, shape: tuple[int, ...], *, std: float, release_number: int, leaf: str = "noise") -> Tensor:
         """Return float64 Gaussian noise on the CPU.

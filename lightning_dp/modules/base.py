@@ -323,6 +323,15 @@ class PrivateModule(pl.LightningModule, ABC):
         if self._session is None:
             raise PrivacyProtocolError(_NO_PRIVATIZER)
 
+    def check_published(self) -> None:
+        """See that the released networks are what guarded steps have left; asked before they are written.
+
+        Raises:
+            PrivacyProtocolError: They were edited since the last step, by a callback at the end of training, say.
+        """
+        if self._guard is not None:
+            self._guard.check_parameters()
+
     def _admit_gradients(self) -> None:
         # Each process has made them of the same released value.
         self.ranks.same([p.grad for p in self._released_parameters() if p.grad is not None])

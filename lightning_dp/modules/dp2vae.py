@@ -14,6 +14,7 @@ from lightning_dp.gradients.record_gradients import rows_of
 from lightning_dp.gradients.source import GradientMode
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.options import check_share
 from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.vae import VAEDecoder, VAEEncoder
@@ -41,7 +42,8 @@ class DP2VAE(DPVAE):
         encoder: Encoder; stays.
         decoder: Decoder, the generator that leaves.
         encoder_source: public (trained on `public_data`), dp, random (never trained), or private_nondp.
-        public_data: Another data set of the same image shape and number of classes, for a public encoder.
+        public_data: Another data set of the same image shape and number of classes, for a public encoder; refused
+            where it may share records with the private one.
         pretraining_steps: Steps of a public or private_nondp encoder's training, without noise.
         pretraining_learning_rate: Adam's learning rate there.
         encoder_share: Share of the releases that train a dp encoder, in (0, 1].
@@ -116,6 +118,21 @@ class DP2VAE(DPVAE):
             encoder.requires_grad_(requires_grad=False)
 
     # Public facts ----------------------------------------------------------------------------------------------------
+
+    @override
+    def describe_data(self, data: PublicFacts) -> None:
+        super().describe_data(data)
+        if self.public_data is not None and _origin(self.public_data) == _origin(data):
+            raise ConfigurationError(
+                f"model.public_data holds records of {_origin(data)}, as the private data do, so no encoder trained on "
+                "them is public. Choose another data set, or model.encoder_source=dp."
+            )
+
+    @override
+    def public_plan(self) -> dict[str, Any]:
+        # Another encoder in mid-run, trained on other records, would leave the proof of the first.
+        of_public = {} if self.public_data is None else {"public_data": _origin(self.public_data)}
+        return super().public_plan() | {"encoder_source": self.encoder_source} | of_public
 
     @property
     @override
@@ -204,3 +221,8 @@ class DP2VAE(DPVAE):
             for chunk in rows_of(gradients):
                 chunk.values[..., :num_columns] = 0
                 yield chunk
+
+
+def _origin(data: Any) -> str:
+    """Return the collection that records are of; data modules that do not say are one of their own, by name."""
+    return str(getattr(data, "origin", getattr(data, "name", type(data).__name__)))

@@ -22,7 +22,7 @@ from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.classifier import Classifier
 
-_VIEWS = 0  # purpose of public randomness
+_VIEWS = 0  # purpose of a record's own randomness
 _FEATURES_AT_ONCE = 500
 
 
@@ -47,7 +47,7 @@ class DPSGDClassifier(RecordModule):
         ema_decay: Decay of the moving average that is released; 0 releases the last iterate.
         chunk_size: Records whose gradients are held at a time; null fits it to cache and memory.
         gradients: functorch, materialize, ghost, or auto for the fastest of them (see `GradientSource`); speed only.
-        public_seed: Seed of the views; not of the noise, nor of the sampling.
+        public_seed: See `PoissonModule`.
 
     Raises:
         ConfigurationError: A value is out of range or would be ignored.
@@ -178,7 +178,7 @@ class DPSGDClassifier(RecordModule):
             num_views=self.views_per_record,
             max_shift=self.max_shift,
             flip=self.flip,
-            seed=self.step_seed(_VIEWS),
+            seed=self.record_seed(_VIEWS),
         )
 
 

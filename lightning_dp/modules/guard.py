@@ -41,13 +41,22 @@ class ReleaseGuard:
         """Take the present gradients as released; called where a released value has just been back-propagated."""
         self._admitted = {id(p): p.grad.detach().clone() for p in self._parameters if p.grad is not None}
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def check_parameters(self) -> None:
+        """See that no parameter has moved since the last guarded step; asked before each step and before publishing.
+
+        Raises:
+            PrivacyProtocolError: One has.
+        """
         for parameter, expected in zip(self._parameters, self._expected, strict=True):
-            if not _same(parameter.detach(), expected):
+            # Strategies move a module off its device when training is over.
+            if not _same(parameter.detach(), expected.to(parameter.device)):
                 raise PrivacyProtocolError(
                     "A parameter of a released network changed outside a step on a released gradient (by another "
                     "optimizer, or an edit in place). Nothing private may reach it but through release()."
                 )
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.check_parameters()
         self._check_gradients(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

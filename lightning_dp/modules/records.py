@@ -1,5 +1,7 @@
 """What every method shares that sees Poisson-sampled records: sampler, rate, public randomness."""
 
+import hashlib
+import secrets
 from abc import abstractmethod
 from collections.abc import Iterator
 
@@ -28,8 +30,8 @@ class PoissonModule(AveragedModule):
 
     Args:
         expected_batch_size: Mean number of records of a step, > 0; over the number of records, the sampling rate.
-        public_seed: Seed of what is public or belongs to a record by its id (latents, labels of fakes, views of an
-            image); not of the noise and not of the sampling. The command line sets it to seed_everything.
+        public_seed: Seed of what is public (latents, labels of fakes); not of the noise, the sampling, or what belongs
+            to a record (`record_seed`). The command line sets it to seed_everything.
         ema_decay: See `AveragedModule`.
 
     Raises:
@@ -42,6 +44,7 @@ class PoissonModule(AveragedModule):
         self.expected_batch_size = expected_batch_size
         self.public_seed = public_seed
         self._sampler: PoissonSampler | None = None
+        self._record_key = secrets.token_bytes(16)  # another one at every start of a run; in no file
 
     # Public facts ----------------------------------------------------------------------------------------------------
 
@@ -71,6 +74,7 @@ class PoissonModule(AveragedModule):
                 insecure_seed=self.insecure_seed,
                 owned=self.ranks.owned(self.facts.num_records),
             )
+            self._record_key = _record_key(self.insecure_seed)
 
     def draw_records(self) -> Tensor:
         """Return the private indices of this process' records in this step, int64 on the CPU; possibly none."""
@@ -91,6 +95,19 @@ class PoissonModule(AveragedModule):
     def step_seed(self, purpose: int) -> int:
         """Return the public seed of one purpose (0 to 7) in this step."""
         return ((self.public_seed * 1_000_003 + self._round) * 8 + purpose) * _MIX % 2**63
+
+    def record_seed(self, purpose: int) -> int:
+        """Return the secret seed of what is drawn for each record (views, latent draws) in this step.
+
+        Draws are keyed by it and by the record's id, which is its position in the file. Under add-or-remove-one the
+        records behind one that leaves move up. If the seed were public, they would have other known draws, and all of
+        their rows would move; secret draws are alike in law wherever a record stands, so only its own row counts.
+
+        Args:
+            purpose: 0 to 7.
+        """
+        name = f"{self._round}/{purpose}".encode()
+        return int.from_bytes(hashlib.blake2b(name, key=self._record_key, digest_size=8).digest(), "big") >> 1
 
     def public_stream(self, purpose: int) -> torch.Generator:
         """Return a generator for one purpose (0 to 7) in this step, on the CPU."""
@@ -178,3 +195,10 @@ class RecordModule(PoissonModule):
         optimizer.step()  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr]
         self.finish_step()
+
+
+def _record_key(insecure_seed: int | None) -> bytes:
+    """Return a secret from the operating system; each process has records, and so a key, of its own."""
+    if insecure_seed is None:
+        return secrets.token_bytes(16)
+    return hashlib.blake2b(f"insecure-records:{insecure_seed}".encode(), digest_size=16).digest()

@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from dp_accounting import NeighboringRelation
 from torch import Tensor
 
-from lightning_dp.accounting.events import ReleaseEvent, Sampling
+from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks, checksum
 from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
+from lightning_dp.modules.row_census import RowCensus
 
 _DOOR = object()  # Only this module can make a Released value.
 
@@ -87,6 +89,10 @@ class ReleaseSession:
         may_release: Asked before each release whether the budget still holds the event; raises if it does not.
         ranks: The processes of the run, whose rows meet in the sum.
         log_raw: Takes numbers computed from private rows without noise; None computes none.
+
+    Raises:
+        PrivacyProtocolError: Plan and ledger speak of different relations.
+        ConfigurationError: The mechanism, or an accountant, has no proof for these rows.
     """
 
     def __init__(
@@ -103,11 +109,16 @@ class ReleaseSession:
         log_raw: Callable[[str, float], None] | None = None,
     ) -> None:
         mechanism.check(plan.spec)
+        if plan.relation is not ledger.relation:
+            raise PrivacyProtocolError(
+                f"Expected a plan under the ledger's relation {relation_name(ledger.relation)}, got "
+                f"{relation_name(plan.relation)}: its sensitivities are of another one."
+            )
+        check_absence(mechanism, plan, sampling)
         self.mechanism = mechanism
         self.plan = plan
         self.ledger = ledger
         self.sampling = sampling
-        self.event = mechanism.step_event(plan)
         self._noise = noise
         self._public_seed = public_seed
         self._may_release = may_release
@@ -115,6 +126,11 @@ class ReleaseSession:
         self._seen = 0  # what this process knows of the last release, for the others to compare
         self._log_raw = log_raw
         self._may_still_release = False
+
+    @property
+    def event(self) -> ReleaseEvent:
+        """What a release costs now: options of the mechanism may have been changed since the plan was made."""
+        return self.mechanism.step_event(self.plan)
 
     def begin_step(self) -> None:
         """Allow exactly one release; called before each training step."""
@@ -147,7 +163,8 @@ class ReleaseSession:
             The released direction, (num_vectors, vector_dim), float32.
 
         Raises:
-            PrivacyProtocolError: A second release in one step, or one that would cross the budget.
+            PrivacyProtocolError: A second release in one step, one that would cross the budget, or rows that are not
+                those that were charged (`RowCensus`).
             PeerError: Another process failed, or is gone.
         """
         if not self._may_still_release:
@@ -155,12 +172,15 @@ class ReleaseSession:
                 "release() was called twice in one training step (or outside of one), but the budget was planned for "
                 "one release a step. Put everything that leaves in a step into one release."
             )
-        number = len(self.ledger) + 1
-        with self._ranks.together(number, f"{self.event} {self.sampling} {shape}", self._seen):
-            self._may_release(self.event, self.sampling)
+        number, event = len(self.ledger) + 1, self.event
+        with self._ranks.together(number, f"{event} {self.sampling} {shape}", self._seen):
+            census = RowCensus(self.plan.spec)
+            census.check_shape(shape)
+            self._may_release(event, self.sampling)
             self._may_still_release = False
-            self.ledger.append(self.event, self.sampling)
-            total = self._encoded_sum(chunks, shape[0], device, number, is_private=True)
+            self.ledger.append(event, self.sampling)
+            self._noise.begin(number)
+            total = self._encoded_sum(chunks, shape[0], device, number, census)
         total = self._ranks.sum(total)
         if self._log_raw is not None and self.mechanism.is_private:
             noise_energy = self.mechanism.noise_std(self.plan) * total.numel() ** 0.5
@@ -204,14 +224,21 @@ class ReleaseSession:
                 "reference() adds no noise, so it takes PublicRows only: wrap rows that were computed from public and "
                 "released values. Rows of an ensemble go through release()."
             )
-        total = self._encoded_sum(rows.chunks, shape[0], device, number, is_private=False)
+        total = self._encoded_sum(rows.chunks, shape[0], device, number, None)
         total = (self._ranks.sum(total) if rows.is_share else total).to(torch.float64)
         total *= self.plan.spec.rows_per_vector / num_rows
         return self.mechanism.reference(total, self.plan, release_number=number, public_seed=self._public_seed)
 
     def _encoded_sum(
-        self, chunks: Iterable[RecordChunk], num_vectors: int, device: torch.device, number: int, *, is_private: bool
+        self,
+        chunks: Iterable[RecordChunk],
+        num_vectors: int,
+        device: torch.device,
+        number: int,
+        census: RowCensus | None,
     ) -> Tensor:
+        """Return the sum of encoded rows, private ones under a census, public ones without."""
+        chunks = chunks if census is None else census.counted(chunks)
         mechanism, spec = self.mechanism, self.plan.spec
         total = torch.zeros(num_vectors, mechanism.encoded_dim(spec), dtype=mechanism.total_dtype, device=device)
         basis = mechanism.public_basis(spec, release_number=number, public_seed=self._public_seed)
@@ -225,10 +252,30 @@ class ReleaseSession:
                 first_vector=chunk.queries.start or 0,
             )
             encoded = mechanism.encode(rows, spec, context)
-            if is_private:
+            if census is not None:
+                census.check_encoded(chunk, encoded)
                 encoded = mechanism.perturb_rows(encoded, self.plan, context)
             total[chunk.queries] += encoded.sum(dim=0, dtype=mechanism.total_dtype)
         return total
+
+
+def check_absence(mechanism: Mechanism, plan: ReleasePlan, sampling: Sampling) -> None:
+    """Refuse replace-one under sampling where a record's absence moves the value by more than half the sensitivity.
+
+    The accountant's worst pair for a sampled record that changes is (-1, 1) halves of the sensitivity, with the record
+    absent at 0. Rows that never oppose each other, say, are less than two bounds apart and one bound from nothing.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    if sampling.rate == 1.0 or plan.relation is not NeighboringRelation.REPLACE_ONE or not mechanism.is_private:
+        return
+    if mechanism.l2_sensitivity(plan.spec, plan.relation) < 2 * mechanism.row_bound(plan.spec) * (1 - 1e-12):
+        raise ConfigurationError(
+            "privacy.neighboring_relation=replace_one has no proof for these contributions under Poisson sampling: a "
+            "record's absence moves a release by more than half of what its change does. Use add_or_remove_one, or "
+            "list RowChange(num_toggled=4) as well."
+        )
 
 
 def rows_where_needed(

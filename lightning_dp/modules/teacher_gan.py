@@ -7,6 +7,7 @@ released direction in the generator's output space.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -193,15 +194,19 @@ class TeacherEnsembleGAN(AveragedModule):
             )
         charged = structure.images_per_row if self.accounting == "joint" else 1
         if self.expected_judges is not None:
-            return ContributionSpec.sampled_teachers(
+            spec = ContributionSpec.sampled_teachers(
                 num_teachers=self._num_teachers,
                 expected_judges=self.expected_judges,
                 vectors_per_row=charged,
                 vector_dim=self.vector_dim,
             )
-        return ContributionSpec.teachers(
-            num_teachers=self._num_teachers, vectors_per_row=charged, vector_dim=self.vector_dim
-        )
+        else:
+            spec = ContributionSpec.teachers(
+                num_teachers=self._num_teachers, vectors_per_row=charged, vector_dim=self.vector_dim
+            )
+        if self.accounting == "per_image":
+            return replace(spec, num_vectors=self.images_per_step, is_undercharged=True)
+        return spec
 
     @override
     def released_networks(self) -> dict[str, nn.Module]:

@@ -48,7 +48,7 @@ class DPVAE(RecordModule):
         ema_decay: Decay of the moving average of the decoder that is released; 0 releases the last iterate.
         chunk_size: Records whose gradients are held at a time; null fits it to cache and memory.
         gradients: functorch, materialize, ghost, or auto for the fastest of them (see `GradientSource`); speed only.
-        public_seed: Seed of the latents of records; not of the noise, nor of the sampling.
+        public_seed: See `PoissonModule`.
 
     Raises:
         ConfigurationError: A value is out of range, or encoder and decoder do not fit.
@@ -152,7 +152,7 @@ class DPVAE(RecordModule):
         images, on_device = self.images_of(ids), ids.to(self.device)
         shape = torch.Size((len(ids), self.draws_per_record, self.autoencoder.decoder.latent_dim))
         # Keyed by the record, so that one that joins or leaves changes nobody else's draws.
-        draws = keyed_normal(shape, seed=self.step_seed(_LATENT), row_ids=on_device)
+        draws = keyed_normal(shape, seed=self.record_seed(_LATENT), row_ids=on_device)
         return images, self.labels_of(ids), draws.to(images)
 
     def record_loss(self, network: nn.Module, image: Tensor, label: Tensor, draws: Tensor) -> Tensor:

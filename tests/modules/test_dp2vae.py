@@ -8,6 +8,7 @@ import torch
 from dp_accounting import NeighboringRelation
 
 from callbacks import RunFolder
+from datamodules import MNIST, EmbeddedDigits
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.modules.dp2vae import DP2VAE
@@ -20,12 +21,18 @@ SHAPE = (1, 8, 8)
 PRIVACY = {"neighboring_relation": "add_or_remove_one", "target_epsilon": None, "noise_multiplier": 8.0}
 
 
+class OtherData(TinyData):
+    """Records of another collection."""
+
+    origin = "another collection"
+
+
 def tiny(source, **options) -> DP2VAE:
     torch.manual_seed(0)
     shared = {"num_classes": 2, "latent_dim": 3, "num_coefficients": 10, "width": 6}
     defaults = {"expected_batch_size": 10, "learning_rate": 0.02, "chunk_size": 4, "pretraining_steps": 3}
     if source == "public":
-        defaults["public_data"] = TinyData(data_seed=5)
+        defaults["public_data"] = OtherData(data_seed=5)
     return DP2VAE(CosineEncoder(SHAPE, **shared), CosineDecoder(SHAPE, **shared), source, **{**defaults, **options})
 
 
@@ -153,7 +160,7 @@ def test_bad_options_are_refused(source, options, words):
 
 
 def test_public_data_of_another_shape_are_refused(tmp_path):
-    class Small(TinyData):
+    class Small(OtherData):
         train_images = torch.zeros(4, 1, 6, 6, dtype=torch.uint8)
         train_labels = torch.zeros(4, dtype=torch.int64)
 
@@ -162,3 +169,25 @@ def test_public_data_of_another_shape_are_refused(tmp_path):
 
     with pytest.raises(ConfigurationError, match="Expected public data"):
         train(tmp_path, tiny("public", public_data=Small()))
+
+
+@pytest.mark.parametrize(
+    ("public", "private"),
+    [(TinyData(data_seed=5), TinyData()), (EmbeddedDigits(num_train=100), MNIST()), (MNIST(), EmbeddedDigits())],
+    ids=["same name", "part of the private data", "the private data are part of it"],
+)
+def test_private_records_are_no_public_data(public, private):
+    """The broken version trains the encoder on the private records without noise, and states PROVED."""
+    module = tiny("public", public_data=public)
+    module.autoencoder.decoder.image_shape, module.autoencoder.decoder.num_classes = (
+        private.image_shape,
+        private.num_classes,
+    )
+    with pytest.raises(ConfigurationError, match="as the private data do"):
+        module.describe_data(private)
+
+
+def test_the_ledger_says_where_the_encoder_comes_from(tmp_path):
+    _, accountant = train(tmp_path, tiny("public"))
+    assert accountant.ledger.header["plan"]["encoder_source"] == "public"
+    assert accountant.ledger.header["plan"]["public_data"] == "another collection"

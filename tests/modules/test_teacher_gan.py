@@ -132,11 +132,11 @@ def test_rows_of_fakes_that_lie_like_the_records_cancel_exactly(run_tiny):
     session = module._session
     session.begin_step()
     session._may_release = lambda *_: None
-    session.ledger = PrivacyLedger(session.ledger.header, None)
-    released = session.release(chunk(), (2, module.vector_dim), torch.device("cpu"))
+    session.ledger, session._noise = PrivacyLedger(session.ledger.header, None), NoiseSource()
+    shape = (4, module.vector_dim)
+    released = session.release(chunk(), shape, torch.device("cpu"))
     # The spec speaks of 20 rows per vector (40 records, 2 classes), as many as there are.
     number = released.number
-    shape = (2, module.vector_dim)
     pushed = session.reference(PublicRows(chunk()), shape, torch.device("cpu"), number=number, num_rows=20)
     torch.testing.assert_close(released.value, pushed)
 

@@ -36,9 +36,10 @@ class NeverCharges(ReleaseSession):
 class ChargesLess(ReleaseSession):
     """The event of one image for a release of many."""
 
-    def __init__(self, **parts):
-        super().__init__(**parts)
-        self.event = GaussianRelease(noise_std=self.event.noise_std, l2_sensitivity=self.event.l2_sensitivity / 2)
+    @property
+    def event(self):
+        whole = super().event
+        return GaussianRelease(noise_std=whole.noise_std, l2_sensitivity=whole.l2_sensitivity / 2)
 
 
 class AllowsASecond(ReleaseSession):
