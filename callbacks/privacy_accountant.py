@@ -23,6 +23,7 @@ from lightning_dp.gradients.ranks import ALONE, Ranks
 
 _logger = logging.getLogger(__name__)
 _SAMPLED_EPSILON_POINTS = 50
+_LEASES = 20  # parts of a plan that are noted in a data set's budget, one by one
 
 
 class PrivacyAccountant(pl.Callback):
@@ -63,6 +64,7 @@ class PrivacyAccountant(pl.Callback):
         self._next: tuple[ReleaseEvent, Sampling] | None = None
         self._ranks = ALONE
         self._reserved: Counts | None = None
+        self._leased = 0
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -149,13 +151,14 @@ class PrivacyAccountant(pl.Callback):
             if is_new and self.ledger_path is not None:
                 self.ledger_path.unlink()  # empty, and ours: nothing can have been released
             raise
-        self.ledger.on_first_append(self._note)
+        self.ledger.on_append(self._lease)
 
     def _reserve(self) -> None:
         """Reserve all that this run may release beyond what it holds already."""
         if self.ledger_path is None:
             raise ConfigurationError("A run within a data set's budget needs a ledger on disk: give it a ledger_path.")
         run = str(self.ledger.header["run_id"])
+        self._charge_unseen(run)
         needed = needed_by(
             self.ledger,
             planned=ledger_plan(self.ledger) or {},
@@ -178,8 +181,29 @@ class PrivacyAccountant(pl.Callback):
     def _dataset(self) -> DatasetBudget:
         return DatasetBudget(Path(self.dataset_budget.folder or ""))
 
-    def _note(self) -> None:
-        self._dataset.note(str(self.ledger.header["run_id"]), self.ledger)
+    def _note(self, *, has_ended: bool = False) -> None:
+        self._dataset.note(str(self.ledger.header["run_id"]), self.ledger, has_ended=has_ended)
+
+    def _lease(self) -> None:
+        """Note ahead what this process may release, a part of the plan at a time: a kill costs such a part at most."""
+        made = self.ledger.made
+        if made <= self._leased:
+            return
+        planned = self._budget.num_releases
+        upto = max(made, min(made - 1 + max(1, planned // _LEASES), planned - len(self.ledger) + made))
+        self._dataset.lease(str(self.ledger.header["run_id"]), self.ledger, upto)
+        self._leased = upto
+
+    def _charge_unseen(self, run: str) -> None:
+        """Charge what a process that was killed may have released elsewhere, if this is a copy of its folder."""
+        if not len(self.ledger) or not self._dataset.exists():
+            return
+        event, sampling = self._next or next(reversed(self.ledger.counts()))
+        room = sum((ledger_plan(self.ledger) or {}).values()) or self._budget.num_releases
+        for writer, lost in self._dataset.unseen(run, self.ledger).items():
+            if (count := min(lost, room - len(self.ledger))) > 0:
+                self.ledger.charge_lost(writer, event, sampling, count)
+                _logger.info(f"{count} releases that the last process of this run had room to make are charged.")
 
     def _close(self) -> None:
         """Close the ledger; a reservation on which nothing was released goes back, any other stays."""
@@ -189,7 +213,7 @@ class PrivacyAccountant(pl.Callback):
             self._reserved = None
             try:
                 if len(self._ledger):
-                    self._note()
+                    self._note(has_ended=True)
                 elif self.dataset_budget.reservation is None:  # a share of a list stays with the list
                     self._dataset.give_back(str(self._ledger.header["run_id"]), self._ledger)
             except LedgerError as error:

@@ -85,6 +85,7 @@ class RunCharge:
         reasons: What its claim rests on beyond a proof.
         counts: Everything that it may release.
         writers: Releases noted per process of the run.
+        leases: Releases that a process which has not ended may have made at most, where that is more than was noted.
     """
 
     run: str
@@ -94,6 +95,7 @@ class RunCharge:
     reasons: tuple[str, ...]
     counts: dict[tuple[ReleaseEvent, Sampling], int]
     writers: dict[str, int] = field(default_factory=dict)
+    leases: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -239,9 +241,14 @@ def _apply(state: BudgetState, line: Mapping[str, Any]) -> None:
         for part in line["runs"]:
             _reserve(state, part)
         state.is_fixed_list = was_untouched or (state.is_fixed_list and not any(map(_has_price, line["runs"])))
-    elif line["kind"] == "seen":
-        noted = state.runs[line["run"]].writers
+    elif line["kind"] in ("seen", "lease"):
+        charge = state.runs[line["run"]]
+        noted = charge.writers
         noted |= {str(writer): max(_count(count), noted.get(writer, 0)) for writer, count in line["writers"].items()}
+        if line["kind"] == "lease":
+            charge.leases[str(line["writer"])] = _count(line["upto"])
+        else:
+            charge.leases.pop(str(line.get("ended")), None)
     elif line["kind"] == "return":
         if state.runs[line["run"]].writers:
             raise ValueError("a run with releases was given back")

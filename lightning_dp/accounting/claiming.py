@@ -123,7 +123,8 @@ def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> P
     """Return the claim of a run from its ledger alone; a run's own claim is made by the same call.
 
     The header holds, besides relation, unit and number of records: mechanism, target_delta, accountant, the lists
-    conditional_on, unverified and warnings, and the plan that was fixed before the first release.
+    conditional_on, unverified and warnings, what is not covered where it is not the usual, and the plan that was fixed
+    before the first release.
 
     Args:
         ledger: The ledger of a run.
@@ -150,6 +151,7 @@ def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> P
         conditional_on=tuple(header.get("conditional_on", ())),
         unverified=tuple(header.get("unverified", ())),
         extra_warnings=tuple(header.get("warnings", ())),
+        not_covered=header.get("not_covered"),
     )
 
 

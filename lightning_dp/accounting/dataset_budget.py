@@ -43,7 +43,7 @@ class DatasetBudget:
     run's first release; two processes cannot both take the last of it.
 
     Not covered: runs that were made without this budget; data sets of other fingerprints that hold some of the same
-    records; whoever puts the folder, or a run folder whose process was killed, back to an older state.
+    records; whoever puts the folder back to an older state.
 
     Args:
         folder: The folder.
@@ -117,11 +117,51 @@ class DatasetBudget:
                 chosen.append(index)
         return chosen
 
-    def note(self, run: str, ledger: PrivacyLedger) -> None:
-        """Write down how far each process of a run has come: before its first release, and when it ends.
+    def lease(self, run: str, ledger: PrivacyLedger, upto: int) -> None:
+        """Write down how many releases this process may make: before any beyond what was written down.
 
-        A copy of the run folder that was taken earlier lacks those releases and would make them again on the same
-        reservation; it is refused.
+        A copy of the run folder, taken at any moment, lacks some of them and would make them again on the same
+        reservation: it is refused where it lacks what was noted, and `unseen` charges it for the rest of the lease.
+        A process goes on only while no copy has begun to release.
+
+        Args:
+            run: Its id.
+            ledger: Its ledger, with the release that is about to be made.
+            upto: Releases of this process in all that it may make before it asks again.
+
+        Raises:
+            LedgerError: The ledger is older than what was noted, or the reservation is gone.
+        """
+        with self._file.locked() as file:
+            writers = ledger.writers()
+            _check_not_older(self._charge(file, run), writers, self.folder)
+            file.append({"kind": "lease", "run": run, "writers": writers, "writer": ledger.writer, "upto": upto})
+
+    def unseen(self, run: str, ledger: PrivacyLedger) -> dict[str, int]:
+        """Return how many releases each process of a run may have made of which its ledger knows nothing.
+
+        Args:
+            run: Its id.
+            ledger: Its ledger.
+
+        Raises:
+            LedgerError: The ledger is older than what was noted.
+        """
+        charge = self.state().runs.get(run)
+        if charge is None:
+            return {}
+        writers = ledger.writers()
+        _check_not_older(charge, writers, self.folder)
+        lost = {writer: upto - writers.get(writer, 0) for writer, upto in charge.leases.items()}
+        return {writer: count for writer, count in lost.items() if count > 0}
+
+    def note(self, run: str, ledger: PrivacyLedger, *, has_ended: bool = False) -> None:
+        """Write down how far each process of a run has come.
+
+        Args:
+            run: Its id.
+            ledger: Its ledger.
+            has_ended: This process makes no release any more; what of its lease it did not use is free again.
 
         Raises:
             LedgerError: The ledger is older than what was noted, or the reservation is gone.
@@ -130,8 +170,9 @@ class DatasetBudget:
             charge = self._charge(file, run)
             writers = ledger.writers()
             _check_not_older(charge, writers, self.folder)
-            if any(charge.writers.get(writer) != count for writer, count in writers.items()):
-                file.append({"kind": "seen", "run": run, "writers": writers})
+            ended = {"ended": ledger.writer} if has_ended and ledger.writer in charge.leases else {}
+            if ended or any(charge.writers.get(writer) != count for writer, count in writers.items()):
+                file.append({"kind": "seen", "run": run, "writers": writers, **ended})
 
     def give_back(self, run: str, ledger: PrivacyLedger | None) -> None:
         """Return the reservation of a run that has released nothing.

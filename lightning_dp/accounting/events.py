@@ -17,6 +17,7 @@ from dp_accounting import NeighboringRelation
 from lightning_dp.accounting.fields import positive_float, whole_number
 from lightning_dp.accounting.release import Release, event_from_dict
 from lightning_dp.accounting.sampling import Sampling
+from lightning_dp.accounting.selection_release import SelectionRelease
 from lightning_dp.errors import ConfigurationError
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RoundedGaussianRelease",
     "RoundedTernaryRelease",
     "Sampling",
+    "SelectionRelease",
     "TernaryRelease",
     "VonMisesFisherRelease",
     "ZCDPRelease",
@@ -328,5 +330,6 @@ ReleaseEvent: TypeAlias = (
     | RoundedTernaryRelease
     | ZCDPRelease
     | VonMisesFisherRelease
+    | SelectionRelease
     | NonPrivateRelease
 )

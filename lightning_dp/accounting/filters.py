@@ -11,13 +11,10 @@ distributions have no such rule for free. Two rules do, if they were fixed befor
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
 import dp_accounting
-import numpy as np
 from dp_accounting import NeighboringRelation
-from scipy.special import logsumexp
 
 from lightning_dp.accounting.composition import Counts, canonical_terms, has_non_private
 from lightning_dp.accounting.events import (
@@ -29,17 +26,12 @@ from lightning_dp.accounting.events import (
     VonMisesFisherRelease,
     ZCDPRelease,
 )
-from lightning_dp.accounting.renyi import RDP_ORDERS, renyi_curve
+from lightning_dp.accounting.renyi import RDP_ORDERS, relation_curve
 from lightning_dp.errors import ConfigurationError
 
 Rule: TypeAlias = Literal["gaussian", "renyi"]
 
 _FULL = Sampling(scheme="full")
-_GRID_STEP = 0.02  # of the noise's std; the integrand is analytic and as wide as that std
-_GRID_MARGIN = 40.0
-_MAX_GRID_MU = 10.0  # less noise than this is charged as if nothing were sampled
-_ROUNDING = 1e-9  # relative; and absolute in the log-moment: a sum of some thousand terms in double precision
-_LOG_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -190,45 +182,8 @@ def _mu_squared(event: ReleaseEvent, sampling: Sampling) -> float:
 
 
 def _renyi(event: ReleaseEvent, sampling: Sampling, relation: NeighboringRelation, index: int) -> float:
-    """Return the Renyi divergence of one release at one of `RDP_ORDERS`; sampling never makes a release worse."""
-    full = float(renyi_curve(event, _FULL)[index])
-    if sampling == _FULL:
-        return full
-    if relation is not NeighboringRelation.REPLACE_ONE:
-        return min(full, float(renyi_curve(event, sampling)[index]))
-    if isinstance(event, GaussianRelease):
-        return min(full, replace_one_renyi(event.noise_multiplier, sampling.rate, RDP_ORDERS[index]))
-    return full
-
-
-@lru_cache(maxsize=1024)
-def replace_one_renyi(noise_multiplier: float, rate: float, order: float) -> float:
-    """Return the Renyi divergence of one Poisson-sampled Gaussian release under replace-one.
-
-    The pair is that of the PLD accountant: without the record N(0, s^2), with it N(+-c, s^2), where c is half of the
-    sensitivity and the record is there with probability `rate` on both sides. A pair that dominates every hockey-stick
-    divergence dominates every Renyi divergence too. Integrated by the trapezoidal rule, which converges geometrically
-    for integrands like this one.
-
-    Args:
-        noise_multiplier: Noise std over L2 sensitivity under replace-one (2c).
-        rate: Probability that a record takes part.
-        order: Order > 1.
-
-    Returns:
-        The divergence, never below the true one; infinity where there is too little noise to integrate.
-    """
-    mu = 1.0 / (2.0 * noise_multiplier)
-    if not mu <= _MAX_GRID_MU:
-        return math.inf
-    reach = 2.0 * order * mu + _GRID_MARGIN
-    x = np.arange(-reach, reach + _GRID_STEP, _GRID_STEP)
-    base = -0.5 * x * x - 0.5 * math.log(2.0 * math.pi)
-    absent = np.log1p(-rate) if rate < 1.0 else -np.inf
-    up = base + np.logaddexp(absent, math.log(rate) + mu * x - 0.5 * mu * mu)
-    down = base + np.logaddexp(absent, math.log(rate) - mu * x - 0.5 * mu * mu)
-    log_moment = float(logsumexp(order * up + (1.0 - order) * down)) + math.log(_GRID_STEP)
-    return (max(0.0, log_moment) * (1.0 + _ROUNDING) + _LOG_ROUNDING) / (order - 1.0)
+    """Return the Renyi divergence of one release at one of `RDP_ORDERS`."""
+    return float(relation_curve(event, sampling, relation)[index])
 
 
 def joined(*parts: Mapping[tuple[ReleaseEvent, Sampling], int]) -> dict[tuple[ReleaseEvent, Sampling], int]:

@@ -79,7 +79,8 @@ class PrivacyLedger:
         self._length = 0
         self._writer = secrets.token_hex(8)
         self._is_read_only = False
-        self._on_first: Callable[[], None] | None = None
+        self._on_append: Callable[[], None] | None = None
+        self._made = 0
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
@@ -213,19 +214,51 @@ class PrivacyLedger:
             LedgerError: The ledger is read-only or closed, belongs to another process, or could not be written; then
                 nothing may be released.
         """
-        self._append([Run(self._writer, event, sampling, 1)])
-        if self._on_first is not None:
-            self._on_first()
-            self._on_first = None
+        return self.append_all({(event, sampling): 1})
+
+    def append_all(self, counts: Mapping[tuple[ReleaseEvent, Sampling], int]) -> int:
+        """Record releases that are charged together, in one write; as `append`.
+
+        Args:
+            counts: How often each (event, sampling) will be released.
+
+        Returns:
+            The number of the last entry.
+        """
+        self._append([Run(self._writer, event, sampling, count) for (event, sampling), count in counts.items()])
+        self._made += sum(counts.values())
+        if self._on_append is not None:
+            self._on_append()
         return self._length
 
-    def on_first_append(self, action: Callable[[], None]) -> None:
-        """Call `action` when this process has charged its first release, before anything of it is drawn.
+    def charge_lost(self, writer: str, event: ReleaseEvent, sampling: Sampling, count: int) -> None:
+        """Record releases that another process may have made, of which no line is here; as that process's own.
+
+        Args:
+            writer: Its name, as in `writers`.
+            event: What each cost.
+            sampling: How records entered it.
+            count: How many, >= 1.
+        """
+        self._append([Run(writer, event, sampling, count)])
+
+    @property
+    def writer(self) -> str:
+        """The random name of this process."""
+        return self._writer
+
+    @property
+    def made(self) -> int:
+        """How many releases this process has charged."""
+        return self._made
+
+    def on_append(self, action: Callable[[], None]) -> None:
+        """Call `action` whenever this process has charged a release, before anything of it is drawn.
 
         Args:
             action: What raises stops the release; it stays charged.
         """
-        self._on_first = action
+        self._on_append = action
 
     def _append(self, runs: list[Run]) -> None:
         if self._is_read_only:

@@ -18,6 +18,7 @@ _SAME_CLAIM: dict[str, Any] = {
     "conditional_on": [],
     "unverified": [],
     "warnings": [],
+    "not_covered": None,
     "plan": None,
     "planned": None,
 }
@@ -56,7 +57,10 @@ def _check_types(header: Mapping[str, Any]) -> None:
         ("target_delta", lambda value: isinstance(value, float | int) and 0 < value < 1, "a number in (0, 1)"),
         ("mechanism", lambda value: isinstance(value, str), "a name"),
         ("accountant", lambda value: isinstance(value, str), "a name"),
-        *((name, _is_texts, "a list of sentences") for name in ("conditional_on", "unverified", "warnings")),
+        *(
+            (name, _is_texts, "a list of sentences")
+            for name in ("conditional_on", "unverified", "warnings", "not_covered")
+        ),
     ):
         if (value := header.get(name)) is not None and not is_right(value):
             raise ConfigurationError(f"Expected {name} in a ledger's header to be {expected}, got {name}={value!r}.")

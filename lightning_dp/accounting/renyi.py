@@ -18,11 +18,14 @@ from lightning_dp.accounting.events import (
     GaussianRelease,
     ReleaseEvent,
     Sampling,
+    SelectionRelease,
     TernaryRelease,
     VonMisesFisherRelease,
     ZCDPRelease,
 )
-from lightning_dp.accounting.sampled_curve import discrete_gaussian_rdp
+from lightning_dp.accounting.release import Release
+from lightning_dp.accounting.sampled_curve import discrete_gaussian_rdp, replace_one_renyi
+from lightning_dp.accounting.selection_release import selection_rdp
 from lightning_dp.accounting.ternary import ternary_rdp
 from lightning_dp.accounting.von_mises_fisher import von_mises_fisher_rdp
 
@@ -53,6 +56,8 @@ def renyi_curve(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
     elif isinstance(event, DiscreteGaussianRelease):
         with _silent_about_skipped_orders(), np.errstate(over="ignore"):
             curve = discrete_gaussian_rdp(event, sampling, RDP_ORDERS)
+    elif isinstance(event, SelectionRelease):
+        curve = selection_rdp(event, RDP_ORDERS, relation_curve)
     elif isinstance(event, VonMisesFisherRelease):
         curve = von_mises_fisher_rdp(event, RDP_ORDERS)  # unsampled: sampling never makes a release worse
     else:
@@ -64,6 +69,29 @@ def renyi_curve(event: ReleaseEvent, sampling: Sampling) -> NDArray[np.float64]:
     curve = np.where(np.isnan(curve) | (curve < 0.0), np.inf, curve)
     curve.setflags(write=False)
     return curve
+
+
+@lru_cache(maxsize=1024)
+def relation_curve(event: Release, sampling: Sampling, relation: NeighboringRelation) -> NDArray[np.float64]:
+    """Return the Renyi divergences of one release at `RDP_ORDERS` under a relation, sampled or not; read-only.
+
+    Sampling never makes a release worse, so what is known without it holds with it.
+
+    Args:
+        event: What the release cost.
+        sampling: How records entered it.
+        relation: The relation of its sensitivity.
+    """
+    assert isinstance(event, ReleaseEvent)
+    full = renyi_curve(event, _FULL)
+    if sampling == _FULL:
+        return full
+    if relation is not NeighboringRelation.REPLACE_ONE:
+        return np.fmin(full, renyi_curve(event, sampling))
+    if not isinstance(event, GaussianRelease):
+        return full
+    sampled = [replace_one_renyi(event.noise_multiplier, sampling.rate, order) for order in RDP_ORDERS]
+    return np.fmin(full, np.asarray(sampled))
 
 
 @contextmanager

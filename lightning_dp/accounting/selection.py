@@ -11,22 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-import dp_accounting
 from dp_accounting import NeighboringRelation
-from dp_accounting.dp_event import RepeatAndSelectDpEvent
-from dp_accounting.rdp import RdpAccountant
 
-from lightning_dp.accounting.composition import Counts, canonical_terms, checked_delta
-from lightning_dp.accounting.events import (
-    DiscreteGaussianRelease,
-    GaussianRelease,
-    ReleaseEvent,
-    Sampling,
-    VonMisesFisherRelease,
-    ZCDPRelease,
-    parse_relation,
-)
-from lightning_dp.accounting.renyi import RDP_ORDERS
+from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.composition import Counts, canonical_terms, checked_delta, has_non_private
+from lightning_dp.accounting.events import Sampling, SelectionRelease, parse_relation, relation_name
 from lightning_dp.errors import ConfigurationError
 
 Setting = TypeVar("Setting")
@@ -104,51 +93,50 @@ def _mean_of(gamma: float, shape: float) -> float:
     return shape * (1 - gamma) / (gamma * -math.expm1(shape * math.log(gamma)))
 
 
-def selection_epsilon(counts: Counts, law: RepeatLaw, *, delta: float, relation: str | NeighboringRelation) -> float:
-    """Return what the best of a random number of runs costs.
+def selection_event(
+    plans: Sequence[Counts], law: RepeatLaw, *, relation: str | NeighboringRelation
+) -> SelectionRelease:
+    """Return the event of choosing the best of a random number of runs.
 
-    Guarantee: an upper bound on epsilon of releasing the best run alone, by Renyi divergence. Each run, with the score
-    by which it is chosen, must cost no more than `counts`: a score on private records is a release of its own and
-    belongs in them; one on a public or held-out split is free. What the runs print, log or save must not leave.
+    Each run, with the score by which it is chosen, must release no more than its plan: a score on private records is a
+    release of its own and belongs in the plan; one on public or held-out records is free. What the runs print, log or
+    save must not leave.
 
     Args:
-        counts: What one run releases at most, whatever its settings.
+        plans: What a run of each setting releases at most.
+        law: The law of the number of runs.
+        relation: The relation of the events' sensitivities.
+
+    Raises:
+        ConfigurationError: A release without privacy, or no plan.
+    """
+    return SelectionRelease(
+        plans=tuple(canonical_terms(plan) for plan in plans),
+        mean=float(law.mean),
+        shape=None if math.isinf(law.shape) else float(law.shape),
+        relation=relation_name(parse_relation(relation)),
+    )
+
+
+def selection_epsilon(counts: Counts, law: RepeatLaw, *, delta: float, relation: str | NeighboringRelation) -> float:
+    """Return what the best of a random number of runs of one plan costs.
+
+    Guarantee: an upper bound on epsilon of releasing the best run alone, by Renyi divergence.
+
+    Args:
+        counts: What one run releases at most, whatever its settings, as for `selection_event`.
         law: The law of the number of runs.
         delta: Delta of the statement.
         relation: The relation of the events' sensitivities.
 
     Raises:
-        ConfigurationError: An event without a Renyi curve under the relation, or an invalid delta.
+        ConfigurationError: An invalid delta or relation.
     """
-    delta, relation = checked_delta(delta), parse_relation(relation)
-    terms = canonical_terms(counts)
-    if not terms:
-        return 0.0
-    run = dp_accounting.ComposedDpEvent(
-        [dp_accounting.SelfComposedDpEvent(_dp_event(event, how, relation), count) for event, how, count in terms]
-    )
-    # Sensitivities are for the relation already, so the accountant must not change them.
-    accountant = RdpAccountant(RDP_ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
-    accountant.compose(RepeatAndSelectDpEvent(run, float(law.mean), float(law.shape)))
-    return float(accountant.get_epsilon(delta))
-
-
-def _dp_event(event: ReleaseEvent, sampling: Sampling, relation: NeighboringRelation) -> dp_accounting.DpEvent:
-    if isinstance(event, GaussianRelease):
-        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-        if sampling == _FULL:
-            return gaussian
-        if relation is NeighboringRelation.REPLACE_ONE:
-            raise ConfigurationError(
-                "Poisson-sampled Gaussian releases have no Renyi curve under replace_one, so a selection among such "
-                "runs has no price. Use add_or_remove_one or replace_special, or charge every run by composition."
-            )
-        return dp_accounting.PoissonSampledDpEvent(sampling.rate, gaussian)
-    if isinstance(event, DiscreteGaussianRelease):
-        return dp_accounting.ZCDpEvent(event.mu**2 / 2)
-    if isinstance(event, ZCDPRelease | VonMisesFisherRelease):
-        return dp_accounting.ZCDpEvent(event.rho)  # sampling never makes a release worse
-    return dp_accounting.NonPrivateDpEvent()
+    delta, terms = checked_delta(delta), canonical_terms(counts)
+    if not terms or has_non_private(terms):
+        return math.inf if terms else 0.0
+    event = selection_event([counts], law, relation=relation)
+    return compute_epsilon({(event, _FULL): 1}, delta=delta, relation=relation).epsilon
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ class Comparison:
                 return _Job(cell=cell, plan=plan, key=key, run_dir=run_dir, resumes=False), waiting
             if (card := finished_card(run_dir, key)) is not None:
                 return None, finished_record(cell, card, run_dir, self.folder)
-            if _can_go_on(run_dir, plan):
+            if can_go_on(run_dir, plan):
                 return _Job(cell=cell, plan=plan, key=key, run_dir=run_dir, resumes=True), waiting
         raise AssertionError("itertools.count ends")
 
@@ -309,7 +309,12 @@ def only_here(folder: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def _can_go_on(run_dir: Path, plan: CellPlan) -> bool:
-    """Tell whether an unfinished run can still end: all spent, and nothing kept of it, cannot."""
+def can_go_on(run_dir: Path, plan: CellPlan) -> bool:
+    """Tell whether an unfinished run can still end: all spent, and nothing kept of it, cannot.
+
+    Args:
+        run_dir: Its folder.
+        plan: Its plan.
+    """
     checkpoint = run_dir / PRIVATE_FOLDER / LAST_CHECKPOINT
     return checkpoint.exists() or len(PrivacyLedger.read(run_dir / LEDGER_FILE)) < plan.num_releases

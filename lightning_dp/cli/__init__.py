@@ -1,4 +1,4 @@
-"""The command line: ``lightning-dp fit | sample | evaluate | account | audit | benchmark | compare | matrix | data``.
+"""The command line: ``lightning-dp fit | sample | evaluate | account | audit | benchmark | select | compare | ...``.
 
 Mistakes of the user end in one line on standard error and exit code 2. Heavy imports wait until a command needs them.
 """
@@ -22,6 +22,7 @@ USAGE = """lightning-dp: differentially private generative models on PyTorch Lig
   lightning-dp account --dataset DIR         what all runs within one data set's budget may spend together
   lightning-dp audit mechanism NAME | method FILE | RUN   try to break a claim: empirical lower bounds on epsilon
   lightning-dp benchmark FILE                compare methods and mechanisms at equal privacy (configs/benchmark/)
+  lightning-dp select FILE --score NAME      choose the best of a grid's cells, and pay for the choice
   lightning-dp compare CARD CARD ...         show what tells run cards apart
   lightning-dp matrix [--markdown]           which mechanisms run with which methods, or why not
   lightning-dp data fetch NAME               fill ./data with verified files (mnist, fashion-mnist)
@@ -83,7 +84,7 @@ def _quieten() -> None:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    from lightning_dp.cli import audit, commands, comparison, matrix
+    from lightning_dp.cli import audit, commands, comparison, matrix, select
 
     known = {
         "fit": commands.fit,
@@ -92,6 +93,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "account": commands.account,
         "audit": audit.audit,
         "benchmark": comparison.benchmark,
+        "select": select.select,
         "compare": comparison.compare,
         "matrix": matrix.matrix,
         "data": commands.data,

@@ -100,15 +100,13 @@ def _benchmark(options: Any) -> int:
 
     if options.report_only and (options.dry_run or options.only or options.seeds):
         raise ConfigurationError("--report_only runs no cell; leave --dry_run, --only and --seeds out.")
-    if options.address is not None and options.backend != "ray":
-        raise ConfigurationError(f"--address {options.address} belongs to --backend ray; add it, or leave it out.")
     grid = with_budget(load_grid(options.grid), options)
     folder = Path(options.out) if options.out else Path("runs") / "benchmark" / grid.name
     cpus = available_cpus()
     jobs = cpus if options.jobs is None else checked_jobs(options.jobs)
     threads = max(1, cpus // jobs)
     selection = Selection(only=() if options.report_only else options.only, seeds=options.seeds)
-    backend = None if options.dry_run or options.report_only else _backend(options, jobs, threads)
+    backend = None if options.dry_run or options.report_only else make_backend(options, jobs, threads)
     console = Console()
     reporter = ConsoleReporter(console)
     comparison = Comparison(grid, folder, planner=plan_request, wandb=options.wandb, threads=threads)
@@ -122,7 +120,7 @@ def _benchmark(options: Any) -> int:
         return 0
     try:
         if backend is not None:
-            with _sigterm_interrupts():
+            with sigterm_interrupts():
                 comparison.run(backend, reporter)
     finally:
         reporter.close()
@@ -135,16 +133,19 @@ def _benchmark(options: Any) -> int:
     return 1 if any(record.status in ("failed", "interrupted") for record in comparison.records.values()) else 0
 
 
-def _backend(options: Any, jobs: int, threads: int) -> Any:
+def make_backend(options: Any, jobs: int, threads: int) -> Any:
+    """Return where the runs are made, from the flags --backend, --address and --jobs."""
     from lightning_dp.benchmark.backends import LocalBackend, RayBackend
 
+    if options.address is not None and options.backend != "ray":
+        raise ConfigurationError(f"--address {options.address} belongs to --backend ray; add it, or leave it out.")
     if options.backend == "ray":
         return RayBackend(options.address, jobs=options.jobs, threads=1 if options.jobs is None else threads)
     return LocalBackend(jobs)
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM end the comparison as Ctrl-C does: runs are interrupted in order, and recorded."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

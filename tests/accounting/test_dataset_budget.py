@@ -356,16 +356,94 @@ class TestCopies:
             seen.append(len(PrivacyLedger.read(tmp_path / "ledger.jsonl")))
             raise LedgerError("no")
 
-        ledger.on_first_append(refuse)
+        ledger.on_append(refuse)
         for number in (1, 2):  # asked again until it is granted
             with pytest.raises(LedgerError, match="no"):
                 ledger.append(gaussian(), FULL)
             assert seen[-1] == len(ledger) == number  # charged all the same
-        ledger.on_first_append(lambda: seen.append("granted"))
-        ledger.append(gaussian(), FULL)
+        ledger.on_append(lambda: seen.append("granted"))
         ledger.append(gaussian(), FULL)
         assert seen == [1, 2, "granted"]
-        assert list(ledger.writers().values()) == [4]
+        assert list(ledger.writers().values()) == [3]
+
+
+class TestLeases:
+    """A copy of a run folder taken in mid-run, of a process that went on and was killed before it could say how far."""
+
+    def begun(self, budget, tmp_path, upto=5, made=4, copied_at=2):
+        """Return the ledgers of the original, as the kill left it, and of the copy."""
+        reserve(budget, request("a", 9))
+        original, copy = tmp_path / "original.jsonl", tmp_path / "copy.jsonl"
+        with PrivacyLedger(HEADER | {"run_id": "a"}, original, durable=False) as ledger:
+            for number in range(1, made + 1):
+                ledger.append(gaussian(), FULL)
+                if number == 1:
+                    budget.lease("a", ledger, upto)
+                if number == copied_at:
+                    copy.write_bytes(original.read_bytes())
+        return original, copy
+
+    def taken_over(self, budget, path):
+        """Go on in a copy: charge what may have been released elsewhere."""
+        ledger = PrivacyLedger.reopen(path)
+        for writer, count in budget.unseen("a", ledger).items():
+            ledger.charge_lost(writer, gaussian(), FULL, count)
+        return ledger
+
+    def test_the_copy_is_charged_for_all_that_the_killed_process_had_room_for(self, budget, tmp_path):
+        original, copy = self.begun(budget, tmp_path)
+        with self.taken_over(budget, copy) as ledger:
+            assert len(ledger) == 5
+            ledger.append(gaussian(), FULL)
+            budget.lease("a", ledger, 4)
+        seen = len(PrivacyLedger.read(original)) + 1
+        assert seen <= len(PrivacyLedger.read(copy)) == 6
+        with PrivacyLedger.reopen(original) as ledger, pytest.raises(LedgerError, match="older copy"):
+            budget.unseen("a", ledger)
+
+    def test_without_leases_its_releases_would_be_made_twice(self, budget, tmp_path):
+        """The broken twin: what is noted at the first release and at the end alone."""
+        original, copy = self.begun(budget, tmp_path, upto=1)
+        with self.taken_over(budget, copy) as ledger:
+            while len(ledger) < 9:
+                ledger.append(gaussian(), FULL)
+        visible = len(PrivacyLedger.read(original)) + 9 - 2
+        assert visible > sum(budget.state().counts.values())
+
+    def test_an_original_that_lives_stops_when_its_copy_has_begun(self, budget, tmp_path):
+        original, copy = self.begun(budget, tmp_path, made=5)
+        with PrivacyLedger.reopen(original) as alive, self.taken_over(budget, copy) as ledger:
+            ledger.append(gaussian(), FULL)
+            budget.lease("a", ledger, 1)
+            alive.append(gaussian(), FULL)
+            with pytest.raises(LedgerError, match="older copy"):
+                budget.lease("a", alive, 9)
+
+    def test_a_copy_stops_when_its_original_went_on_meanwhile(self, budget, tmp_path):
+        reserve(budget, request("a", 9))
+        path, copy = tmp_path / "original.jsonl", tmp_path / "copy.jsonl"
+        with PrivacyLedger(HEADER | {"run_id": "a"}, path, durable=False) as alive:
+            alive.append(gaussian(), FULL)
+            budget.lease("a", alive, 2)
+            copy.write_bytes(path.read_bytes())
+            with self.taken_over(budget, copy) as ledger:
+                assert len(ledger) == 2
+                alive.append(gaussian(), FULL)
+                alive.append(gaussian(), FULL)
+                budget.lease("a", alive, 4)
+                ledger.append(gaussian(), FULL)
+                with pytest.raises(LedgerError, match="older copy"):
+                    budget.lease("a", ledger, 1)
+
+    def test_what_a_process_that_ended_did_not_use_is_free(self, budget, tmp_path):
+        reserve(budget, request("a", 9))
+        path = tmp_path / "ledger.jsonl"
+        with PrivacyLedger(HEADER | {"run_id": "a"}, path, durable=False) as ledger:
+            ledger.append(gaussian(), FULL)
+            budget.lease("a", ledger, 5)
+            budget.note("a", ledger, has_ended=True)
+        with PrivacyLedger.reopen(path) as ledger:
+            assert budget.unseen("a", ledger) == {}
 
 
 def test_what_a_run_needs():

@@ -16,8 +16,9 @@ from lightning_dp.accounting.events import (
     VonMisesFisherRelease,
     ZCDPRelease,
 )
-from lightning_dp.accounting.filters import best_order, joined, make_filter, replace_one_renyi, rule_for, scaled
+from lightning_dp.accounting.filters import best_order, joined, make_filter, rule_for, scaled
 from lightning_dp.accounting.renyi import RDP_ORDERS
+from lightning_dp.accounting.sampled_curve import replace_one_renyi
 from lightning_dp.errors import ConfigurationError
 
 FULL = Sampling(scheme="full")

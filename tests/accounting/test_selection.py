@@ -1,22 +1,30 @@
 """The best of a random number of runs: its price, the law of the number, and a tiny grid from end to end."""
 
+import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lightning_dp.accounting import selection
 from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings, RunRequest
+from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.events import (
     DiscreteGaussianRelease,
     GaussianRelease,
     NonPrivateRelease,
     Sampling,
+    SelectionRelease,
     VonMisesFisherRelease,
     ZCDPRelease,
+    event_from_dict,
+    parse_relation,
 )
-from lightning_dp.accounting.selection import RepeatLaw, select_best, selection_epsilon
+from lightning_dp.accounting.renyi import relation_curve
+from lightning_dp.accounting.selection import RepeatLaw, select_best, selection_epsilon, selection_event
 from lightning_dp.errors import ConfigurationError
 from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
 
@@ -95,18 +103,87 @@ def test_every_private_event_has_a_price(event):
     law = RepeatLaw(mean=10)
     found = selection_epsilon({(event, FULL): 100}, law, delta=1e-5, relation="replace_one")
     gaussian = {(GaussianRelease(noise_std=30.0, l2_sensitivity=1.0), FULL): 100}
-    assert found == pytest.approx(selection_epsilon(gaussian, law, delta=1e-5, relation="replace_one"), rel=1e-6)
+    expected = selection_epsilon(gaussian, law, delta=1e-5, relation="replace_one")
+    if event.kind == "von_mises_fisher":  # whose own curve is a little below that
+        assert 0.9 * expected < found < expected
+    else:
+        assert found == pytest.approx(expected, rel=1e-6)
     alone = compute_epsilon(gaussian, delta=1e-5, relation="replace_one").epsilon
     ten = compute_epsilon({key: 10 * count for key, count in gaussian.items()}, delta=1e-5, relation="replace_one")
     assert alone < found < ten.epsilon
+
+
+def test_the_worst_plan_is_charged_at_every_order():
+    """Plans whose Renyi curves cross: the price is not below that of each."""
+    few = {(GaussianRelease(noise_std=1.2, l2_sensitivity=1.0), Sampling(scheme="poisson", rate=0.01)): 500}
+    many = {(GaussianRelease(noise_std=9.0, l2_sensitivity=1.0), FULL): 15}
+    law, where = RepeatLaw(mean=5), {"delta": 1e-5, "relation": "add_or_remove_one"}
+    both = selection_event([few, many], law, relation="add_or_remove_one")
+    found = compute_epsilon({(both, FULL): 1}, **where).epsilon
+    assert found >= max(selection_epsilon(plan, law, **where) for plan in (few, many))
+    relation = parse_relation("add_or_remove_one")
+    curves = [sum(n * relation_curve(*key, relation) for key, n in plan.items()) for plan in (few, many)]
+    assert ((curves[0] > curves[1]).any(), (curves[0] < curves[1]).any()) == (True, True)
+    assert len(selection_event([few, few], law, relation="add_or_remove_one").plans) == 1
+
+
+def test_an_event_survives_json():
+    plans = [RUN, {(ZCDPRelease(rho=0.1), FULL): 3}]
+    event = selection_event(plans, RepeatLaw(mean=4, shape=math.inf), relation="replace_one")
+    assert event_from_dict(json.loads(json.dumps(event.to_dict()))) == event
+    assert hash(event) == hash(event_from_dict(event.to_dict()))
+    assert str(event) == "the best of a random number of runs (mean 4, Poisson)"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plans": ()},
+        {"plans": ((),)},
+        {"plans": (((NonPrivateRelease(), FULL, 1),),)},
+        {"mean": 0.5},
+        {"mean": math.inf},
+        {"shape": -1.0},
+        {"shape": math.nan},
+        {"relation": "nearby"},
+        {"plans": (((ZCDPRelease(rho=1.0), FULL, 0),),)},
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(changes):
+    fine = {"plans": (((ZCDPRelease(rho=1.0), FULL, 1),),), "mean": 3.0, "shape": 1.0, "relation": "replace_one"}
+    SelectionRelease(**fine)
+    with pytest.raises(ConfigurationError):
+        SelectionRelease(**{**fine, **changes})
+
+
+def test_sampled_runs_have_a_price_under_replace_one():
+    run = {(GaussianRelease(noise_std=4.0, l2_sensitivity=1.0), Sampling(scheme="poisson", rate=0.02)): 200}
+    one = compute_epsilon(run, delta=1e-5, relation="replace_one").epsilon
+    found = selection_epsilon(run, RepeatLaw(mean=5), delta=1e-5, relation="replace_one")
+    unsampled = {(event, FULL): count for (event, _), count in run.items()}
+    assert one < found < selection_epsilon(unsampled, RepeatLaw(mean=5), delta=1e-5, relation="replace_one")
+
+
+def test_a_selection_is_a_release_in_a_data_sets_budget(tmp_path):
+    run = {(GaussianRelease(noise_std=10.0, l2_sensitivity=1.0), FULL): 5}
+    event = selection_event([run], RepeatLaw(mean=3), relation="replace_one")
+    header = {"relation": "replace_one", "unit": "record", "mechanism": "m", "target_delta": 1e-5, "dataset": "d"}
+    request = RunRequest(run="s", name="s", header=header, needed={(event, FULL): 1})
+    budget = DatasetBudget(tmp_path / "budget")
+    budget.reserve(DatasetBudgetSettings(folder=str(budget.folder), epsilon=6.0), [request])
+    state = budget.state()
+    assert state.terms.rule == "renyi"
+    assert state.claim().epsilon == selection_epsilon(run, RepeatLaw(mean=3), delta=1e-5, relation="replace_one")
+    exact = DatasetBudget(tmp_path / "exact")
+    exact.reserve(DatasetBudgetSettings(folder=str(exact.folder), epsilon=6.0), [replace(request, run="p", needed=run)])
+    with pytest.raises(ConfigurationError, match=r"no price for the best of a random number of runs"):
+        exact.reserve(DatasetBudgetSettings(folder=str(exact.folder)), [request])
 
 
 def test_what_has_no_price_is_refused_or_infinite():
     law = RepeatLaw(mean=10)
     assert selection_epsilon({}, law, delta=1e-5, relation="replace_one") == 0
     assert selection_epsilon({(NonPrivateRelease(), FULL): 1}, law, delta=1e-5, relation="replace_one") == math.inf
-    with pytest.raises(ConfigurationError, match="no Renyi curve under replace_one"):
-        selection_epsilon(RUN, law, delta=1e-5, relation="replace_one")
     for options in ({"mean": 0.5}, {"mean": math.nan}, {"mean": 3, "shape": -1.0}, {"mean": 3, "shape": math.nan}):
         with pytest.raises(ConfigurationError):
             RepeatLaw(**options)

@@ -169,3 +169,42 @@ def test_a_run_that_the_budget_does_not_know_may_not_go_on_in_it(share, folder, 
     line = share("a", "--ckpt_path", "last").err
     assert "has made 5 releases, of which the budget in" in line
     assert not DatasetBudget(folder).exists()
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_a_run_that_was_killed_is_charged_for_what_it_had_room_to_release(tmp_path, folder, monkeypatch, is_copy):
+    """60 releases are noted three at a time: a kill after the fifth costs the sixth; a copy without it, too."""
+    planned, run = 60, tmp_path / "run"
+
+    def callbacks(where):
+        privatizer, accountant = callbacks_for(ledger_path=where / "ledger.jsonl")
+        accountant.dataset_budget = DatasetBudgetSettings(folder=str(folder), epsilon=30.0)
+        return privatizer, accountant
+
+    run.mkdir()
+    privatizer, accountant = callbacks(run)
+    monkeypatch.setattr(accountant, "_close", lambda: accountant.ledger.close())  # as a kill: no last word
+    module = tiny_gan()
+    step, made = module.training_step, []
+
+    def dies(*arguments):
+        if len(made) == 5:
+            raise RuntimeError("killed")
+        made.append(1)
+        return step(*arguments)
+
+    module.training_step = dies
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer_for(run, [privatizer, accountant], planned).fit(module, datamodule=TinyData())
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 5
+    if is_copy:
+        (run / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    privatizer, accountant = callbacks(run)
+    trainer_for(run, [privatizer, accountant], planned).fit(tiny_gan(), datamodule=TinyData())
+    ledger = PrivacyLedger.read(run / "ledger.jsonl")
+    assert list(ledger.writers().values()) == [6, planned - 6]
+    assert accountant.claim().num_releases == planned
+    assert str(accountant.claim().level) == "PROVED"
+    (charge,) = DatasetBudget(folder).state().runs.values()
+    assert sum(charge.counts.values()) == planned
