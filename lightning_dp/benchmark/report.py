@@ -2,13 +2,13 @@
 
 import datetime
 import json
-import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_dp.accounting.budget_state import BudgetState
+from lightning_dp.benchmark.appendix import claims, costs, each, ledger, missing, protocols
 from lightning_dp.benchmark.document import (
     Bullets,
     Figure,
@@ -22,9 +22,9 @@ from lightning_dp.benchmark.document import (
 )
 from lightning_dp.benchmark.figures import sample_sheet, utility_plot
 from lightning_dp.benchmark.records import CellRecord
-from lightning_dp.benchmark.rows import RULE, Result, Row, best_row, blocks_of, mean_text, metrics_of, rows_of
+from lightning_dp.benchmark.rows import RULE, Result, Row, best_row, blocks_of, metrics_of, rows_of
 from lightning_dp.benchmark.spending import Spending, read_ledgers, total_spending
-from lightning_dp.evaluation.card_text import ceil_text, number_text, seconds_text
+from lightning_dp.evaluation.card_text import ceil_text, number_text
 from lightning_dp.evaluation.report import read_run_card
 
 MARKDOWN_FILE = "report.md"
@@ -100,11 +100,11 @@ def report_parts(
         *_unranked(rows),
         *_curves(rows),
         *_samples(rows),
-        *_costs(rows),
-        *_ledger(spent),
-        *_claims(results),
-        *_protocols(results),
-        *_missing(records),
+        *costs(rows),
+        *ledger(spent),
+        *claims(results),
+        *protocols(results),
+        *missing(records),
     ]
 
 
@@ -146,13 +146,13 @@ _STATUSES = ("finished", "failed", "refused", "interrupted", "waiting")
 
 def _statements(results: Sequence[Result]) -> list[str]:
     """Return what is common to the runs: the privacy statement, the machine, the versions."""
-    relations = _each(
+    relations = each(
         f"Neighbouring relation {result.card.claim['relation']}, delta {number_text(result.card.claim['delta'])}: "
         "every epsilon below is stated under it."
         for result in results
     )
-    machines = _each(f"Machine: {_machine(result)}." for result in results)
-    versions = _each(f"Versions: {', '.join(f'{k} {v}' for k, v in r.card.versions.items())}." for r in results)
+    machines = each(f"Machine: {_machine(result)}." for result in results)
+    versions = each(f"Versions: {', '.join(f'{k} {v}' for k, v in r.card.versions.items())}." for r in results)
     return [*relations, *machines, *versions]
 
 
@@ -244,113 +244,9 @@ def _curves(rows: Sequence[Row]) -> list[Part]:
 
 def _samples(rows: Sequence[Row]) -> list[Part]:
     parts: list[Part] = []
-    for data in _each(row.first.data for row in rows):
+    for data in each(row.first.data for row in rows):
         shown = sorted((r for r in rows if r.first.data == data), key=lambda r: r.target_epsilon or float("inf"))
         if (png := sample_sheet([row.first for row in shown])) is not None:
             caption = f"{data}: samples of the first seed of every row, one class a line."
             parts.append(Figure(f"samples-{len(parts)}-{data}.png", png, caption))
     return [Heading("Samples"), *parts] if parts else []
-
-
-def _costs(rows: Sequence[Row]) -> list[Part]:
-    if not rows:
-        return []
-    header = ["method", "mechanism", "epsilon", "training", "evaluation", "total a run", "processor", "peak memory, MB"]
-    body = []
-    for row in rows:
-        times = [_seconds(row.cost(f"{part}_time_s")) for part in ("train", "evaluation", "total", "cpu")]
-        target = "-" if row.target_epsilon is None else f"{row.target_epsilon:g}"
-        memory = mean_text([float(round(value)) for value in row.cost("peak_memory_mb")])
-        body.append([row.first.card.title, row.first.mechanism, target, *times, memory, str(len(row.results))])
-    whole = sum(sum(row.cost("total_time_s")) for row in rows)
-    return [
-        Heading("Cost"),
-        Table([*header, "runs"], body),
-        Paragraph(
-            "Means over seeds; the processor's time counts all threads and the start of the process. All finished runs "
-            f"together took {seconds_text(whole)}, start of processes left out."
-        ),
-    ]
-
-
-def _seconds(values: Sequence[float]) -> str:
-    return seconds_text(statistics.fmean(values)) if values else "-"
-
-
-def _ledger(spent: Sequence[Spending]) -> list[Part]:
-    return [
-        Heading("What the whole comparison spent"),
-        Paragraph(
-            "An epsilon above speaks of one run, published alone. Whoever sees all of them learns more: here all "
-            "ledgers in this folder are composed, those of failed and repeated runs included."
-        ),
-        Bullets([line for entry in spent for line in entry.lines()] or ["Nothing was released."]),
-        *(Paragraph(text, is_warning=True) for text in _each(w for entry in spent for w in entry.whole.warnings)),
-        Paragraph(
-            f"Not covered: {'; '.join(_each(t for e in spent for t in e.whole.not_covered)) or 'nothing named'}."
-        ),
-    ]
-
-
-def _claims(results: Sequence[Result]) -> list[Part]:
-    """Return every claim in full: what all of them say once, then each with what it says besides; equal ones once."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(json.dumps([result.card.title, result.card.claim, result.card.seed_policy]), []).append(
-            result
-        )
-    if not groups:
-        return []
-    lines = {key: _claim_lines(group[0]) for key, group in groups.items()}
-    shared = [line for line in next(iter(lines.values())) if all(line in other for other in lines.values())]
-    parts: list[Part] = [Heading("Every claim in full"), Paragraph("All of them:"), Bullets(shared)]
-    for key, group in groups.items():
-        seeds = ", ".join(str(result.seed) for result in group)
-        parts.append(Heading(f"{Row(tuple(group)).label}, {group[0].data}, seeds {seeds}", 3))
-        parts.append(Paragraph(group[0].card.claim_statement))
-        own = [line for line in lines[key] if line not in shared]
-        parts += [Bullets(own)] if own else []
-    return parts
-
-
-def _claim_lines(result: Result) -> list[str]:
-    claim = result.card.claim
-    lines = [f"privacy unit: {claim['unit']}", f"sampler: {claim.get('sampler', 'not stated')}"]
-    for title, key in (("assumes", "assumptions"), ("not covered", "not_covered"), ("warning", "warnings")):
-        lines += [f"{title}: {text}" for text in claim.get(key, ())]
-    return [*lines, f"seed policy: {result.card.seed_policy}"]
-
-
-def _protocols(results: Sequence[Result]) -> list[Part]:
-    """Return the settings behind every protocol hash."""
-    found = {}
-    for result in results:
-        evaluation = result.card.evaluation or {}
-        if "protocol_hash" in evaluation:
-            found[evaluation["protocol_hash"]] = result.card.config.get("evaluation", {})
-    if not found:
-        return []
-    lines = [f"{key}: {json.dumps(settings)}" for key, settings in found.items()]
-    return [
-        Heading("Metric protocols"),
-        Paragraph("FID and accuracy compare only under one hash, on one test split; no table above mixes two."),
-        Bullets(lines),
-    ]
-
-
-def _missing(records: Sequence[CellRecord]) -> list[Part]:
-    missing = [record for record in records if record.status != "finished"]
-    if not missing:
-        return []
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for record in missing:
-        target = "-" if record.target_epsilon is None else f"{record.target_epsilon:g}"
-        row = (record.method, record.mechanism, record.data, target, record.status, record.reason or "-")
-        groups.setdefault(row, []).append(record.seed)
-    body = [[*row[:4], ", ".join(map(str, seeds)), *row[4:]] for row, seeds in groups.items()]
-    header = ["method", "mechanism", "data", "epsilon", "seeds", "status", "reason"]
-    return [Heading("Cells without a result"), Table(header, body)]
-
-
-def _each(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(texts))

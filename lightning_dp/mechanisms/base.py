@@ -25,7 +25,8 @@ from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.contributions import ContributionKind, ContributionSpec, RowChange
 from lightning_dp.mechanisms.grid import whole_steps
 from lightning_dp.mechanisms.noise import NoiseSource
-from lightning_dp.mechanisms.plan import EncodeContext, ReleasePlan, RowScaling
+from lightning_dp.mechanisms.plan import EncodeContext, ReleasePlan
+from lightning_dp.mechanisms.rows import RowScaling, zero_non_finite
 
 NoiseLaw: TypeAlias = Literal["gaussian", "rounded_gaussian", "discrete_gaussian"]
 
@@ -348,14 +349,3 @@ class Mechanism(ABC):
         """Return the constructor options, JSON-ready, for the run card."""
         options = {key: value for key, value in vars(self).items() if not key.startswith("_")}
         return {"mechanism": type(self).__name__, **options}
-
-
-def zero_non_finite(rows: Tensor) -> Tensor:
-    """Return `rows` with every vector that holds a NaN or an infinity replaced by zeros.
-
-    A factor of zero would not do (0 * NaN is NaN), so the values are selected, not multiplied.
-    """
-    if bool(torch.isfinite(rows.sum())):  # one pass: a NaN or an infinity anywhere makes the sum one
-        return rows
-    finite = torch.isfinite(rows).all(dim=-1, keepdim=True)
-    return torch.where(finite, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))

@@ -52,16 +52,3 @@ class EncodeContext:
     noise: NoiseSource
     row_ids: Tensor
     first_vector: int = 0
-
-
-@dataclass(frozen=True)
-class RowScaling:
-    """What `encode` does to rows of one vector, where their norms decide it.
-
-    Attributes:
-        weights: What each vector is multiplied by, (num_rows,), float64; exactly 0 for a row that sends zeros.
-        appended: What follows the scaled vectors in the encoded rows, (num_rows, encoded_dim - vector_dim), float64.
-    """
-
-    weights: Tensor
-    appended: Tensor | None = None
