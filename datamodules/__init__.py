@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from datamodules.base import ImageDataModule, ImageSplits, StepTicks
     from datamodules.embedded import EmbeddedDigits
     from datamodules.mnist import MNIST, FashionMNIST
+    from datamodules.own import ImageFolder, NpzImages
     from datamodules.partition import TeacherPartition
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "EmbeddedDigits",
     "FashionMNIST",
     "ImageDataModule",
+    "ImageFolder",
     "ImageSplits",
+    "NpzImages",
     "StepTicks",
     "TeacherPartition",
 ]
@@ -27,7 +30,9 @@ _HOMES = {
     "EmbeddedDigits": "embedded",
     "FashionMNIST": "mnist",
     "ImageDataModule": "base",
+    "ImageFolder": "own",
     "ImageSplits": "base",
+    "NpzImages": "own",
     "StepTicks": "base",
     "TeacherPartition": "partition",
 }

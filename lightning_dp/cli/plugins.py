@@ -1,6 +1,6 @@
 """Imports every class that a flag can name; importing it is what makes a class known."""
 
-from datamodules import MNIST, EmbeddedDigits, FashionMNIST
+from datamodules import MNIST, EmbeddedDigits, FashionMNIST, ImageFolder, NpzImages
 from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.gradients.energy_teachers import EnergyTeachers
 from lightning_dp.mechanisms.adaptive import AdaptiveGaussian
@@ -59,11 +59,13 @@ __all__ = [
     "GSWGANCritic",
     "GSWGANGenerator",
     "Gaussian",
+    "ImageFolder",
     "LowFrequencyDCT",
     "MLPDiscriminator",
     "MLPGenerator",
     "MomentsModule",
     "NoPrivacy",
+    "NpzImages",
     "ScatteringClassifier",
     "SemiDualSinkhorn",
     "SinkhornConvGenerator",
