@@ -36,7 +36,7 @@ class EvaluateGenerator(pl.Callback):
         sample_seed: int = 1,
     ) -> None:
         if every_n_releases is not None and every_n_releases < 1:
-            raise ConfigurationError(f"Expected evaluation.every_n_releases >= 1 (or null), got {every_n_releases=}.")
+            raise ConfigurationError(f"Expected evaluate_every >= 1 (or null), got evaluate_every={every_n_releases}.")
         self.protocol = protocol if protocol is not None else EvaluationProtocol()
         self.every_n_releases = every_n_releases
         self.sample_seed = sample_seed

@@ -29,8 +29,10 @@ class SampleGrid(pl.Callback):
     def __init__(
         self, *, path: Path, per_class: int = 10, every_n_releases: int | None = None, sample_seed: int = 2
     ) -> None:
-        if per_class < 1 or (every_n_releases is not None and every_n_releases < 1):
-            raise ConfigurationError(f"Expected grid.per_class and every_n_releases >= 1, got {per_class=}.")
+        if per_class < 1:
+            raise ConfigurationError(f"Expected grid.per_class >= 1, got {per_class=}.")
+        if every_n_releases is not None and every_n_releases < 1:
+            raise ConfigurationError(f"Expected evaluate_every >= 1 (or null), got evaluate_every={every_n_releases}.")
         self.path = path
         self.per_class = per_class
         self.every_n_releases = every_n_releases

@@ -201,9 +201,9 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def _header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return shape and type of one array without reading its elements."""
     with archive.open(f"{key}.npy") as stream:
-        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, kind = read(stream)  # type: ignore[no-untyped-call]
+        shape, _, kind = read(stream)
     return tuple(shape), kind
 
 

@@ -3,6 +3,7 @@
 Mistakes of the user end in one line on standard error and exit code 2. Heavy imports wait until a command needs them.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ from importlib.metadata import entry_points
 
 from lightning_dp.cli.processes import process_number
 from lightning_dp.errors import ConfigurationError, PeerError, PrivacyProtocolError
+
+_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 USAGE = """lightning-dp: differentially private generative models on PyTorch Lightning
 
@@ -68,6 +71,21 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if process_number() else _fail(f"{error}", 1)  # told once; whoever failed has its own line
     except KeyboardInterrupt as error:
         return 130 if process_number() else _fail(str(error) or "interrupted", 130)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (limit := _limit_of_the_machine(error)) is None:
+            raise
+        return _fail(limit, 1)
+
+
+def _limit_of_the_machine(error: Exception) -> str | None:
+    """Return what to do about a lack of memory, disk or rights; None for other errors, which are bugs."""
+    text = f"{type(error).__name__} {error}"
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in text or "can't allocate memory" in text:
+        return "not enough memory; lower model.images_per_step, model.chunk_size or evaluation.num_samples."
+    if isinstance(error, OSError) and error.errno in _LIMITS:
+        where = error.filename or "a file of the run"
+        return f"cannot write {where} ({error.strerror}); make room or mend its rights, then --ckpt_path last goes on."
+    return None
 
 
 def _quieten() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_dp.cli.messages import nearest
-from lightning_dp.cli.parsing import check_class_names, check_config_files, one_line, parse
+from lightning_dp.cli.parsing import check_class_names, check_config_files, check_given_once, one_line, parse
 from lightning_dp.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def fit(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     arguments = spelt_out(arguments)
     check_class_names(arguments, ROOTS)
+    check_given_once(arguments)
     check_config_files(arguments)
     cli = FitCLI(arguments)
     card = cli.run()
@@ -211,6 +213,8 @@ def _data_of(config: dict[str, Any], root: str | None) -> Any:
         raise ConfigurationError(f"Unknown data module {name!r}.{nearest(name, known)}")
     options = dict(config["data"].get("init_args") or {})
     if root is not None:
+        if "root" not in signature(known[name]).parameters:
+            raise ConfigurationError(f"--root {root} has no meaning for {name}, which has no root; leave it out.")
         options["root"] = root
     return known[name](**options)
 

@@ -114,6 +114,10 @@ def _benchmark(options: Any) -> int:
         Text(f"{grid.name}: {len(grid.cells())} cells at delta {grid.delta:g}, {grid.relation}, in {folder}"),
         soft_wrap=True,
     )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"Cannot write to {folder} ({error.strerror}); choose another --out.") from None
     comparison.plan(reporter, selection)
     if options.dry_run:
         comparison.check_budget()

@@ -133,7 +133,9 @@ class FitCLI(LightningCLI):
         try:
             one_line(super().instantiate_classes, ROOTS)
         except MisconfigurationException as error:
-            raise ConfigurationError(str(error)) from None
+            raise ConfigurationError(
+                f"{error} Mend --trainer.accelerator and --trainer.devices (cpu and 1 are always there)."
+            ) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Plan the run from public facts, build callbacks, loggers and the trainer, then make the run folder."""

@@ -20,10 +20,10 @@ _TYPE_WORDS = {
 _LONGEST = 400
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """Return " Did you mean X?" for the known name nearest to `name`, or nothing."""
     by_lower = {candidate.lower(): candidate for candidate in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return f" Did you mean {by_lower[found[0]]}?" if found else ""
 
 
@@ -62,7 +62,17 @@ def explain(message: str, roots: Mapping[str, type], flags: Iterable[str] = ()) 
         flags: All flags of the command (without dashes), for the nearest match.
     """
     text = " ".join(message.split())
-    rules = (_required, _unknown_option, _unknown_name, _unfinished, _bare_options, _literal, _wrong_type, _config_file)
+    rules = (
+        _required,
+        _no_value,
+        _unknown_option,
+        _unknown_name,
+        _unfinished,
+        _bare_options,
+        _literal,
+        _wrong_type,
+        _config_file,
+    )
     for rule in rules:
         if (found := rule(text, roots, list(flags))) is not None:
             return found
@@ -88,11 +98,19 @@ def _required(text: str, roots: Mapping[str, type], flags: list[str]) -> str | N
     return f"Missing: {', '.join(lines)}. Give a configuration with --config FILE, or the flag --{names[-1]}."
 
 
+def _no_value(text: str, roots: Mapping[str, type], flags: list[str]) -> str | None:
+    found = re.search(r"argument (?:-c/)?(--[\w.]+)[^:]*: expected (?:one|at least one) argument", text)
+    if found is None:
+        return None
+    return f"Expected a value after {found[1]}; one that begins with a dash is written {found[1]}=VALUE."
+
+
 def _unknown_option(text: str, roots: Mapping[str, type], flags: list[str]) -> str | None:
     if found := re.search(r"[Uu]nrecognized arguments?: (.+)", text):
         word = found[1].split()[0]
         if not word.startswith("-"):
-            return f"Unexpected argument {word!r}; options start with --, configurations are given as --config FILE."
+            how = ", configurations are given as --config FILE." if "config" in flags else "."
+            return f"Unexpected argument {word!r}; options start with --{how}"
         return f"Unknown flag {word.partition('=')[0]}.{_nearest_flag(word, flags)}"
     if found := re.search(r"(?:Group|Subcommand) '([\w.]+)' does not accept option '([\w.]+)'", text):
         known = [flag.removeprefix(f"{found[1]}.") for flag in flags if flag.startswith(f"{found[1]}.")]
@@ -259,8 +277,16 @@ def _choices(known: list[str]) -> str:
 
 def _nearest_flag(word: str, flags: list[str]) -> str:
     name = word.lstrip("-").partition("=")[0]
-    near = nearest(name, flags).replace("Did you mean ", "Did you mean --")
-    return near or " 'lightning-dp COMMAND --help' lists the flags."
+    if "." not in name:
+        # Somebody who writes --epsilon means one of the flags that end so; letters alone are nearer to other flags.
+        # Nobody who writes --seed means known noise, and --batch_size is the method's rather than that of judging.
+        flags = [flag for flag in flags if not re.match(r"evaluation\.|privacy\.insecure|.*(\+|\.help)$", flag)]
+        ends = [flag for flag in flags if name in flag.rpartition(".")[2]]
+        if len(name) > 3 and 0 < len(ends) <= 3:
+            return f" Did you mean {' or '.join(f'--{flag}' for flag in sorted(ends, reverse=True))}?"
+    near = nearest(name, flags, cutoff=0.6).replace("Did you mean ", "Did you mean --")
+    others = " Options of the method are --model.NAME; 'lightning-dp fit --model.help CLASS' lists them."
+    return near or (others if "model" in flags else " 'lightning-dp COMMAND --help' lists the flags.")
 
 
 def _trimmed(text: str) -> str:

@@ -37,6 +37,22 @@ def check_class_names(arguments: list[str], roots: Mapping[str, type]) -> None:
             raise ConfigurationError(unknown_class(flag.removesuffix(".help"), value, base))
 
 
+def check_given_once(arguments: list[str]) -> None:
+    """Refuse a flag that is given twice: the first would be dropped without a word, be it a mechanism or a budget.
+
+    Args:
+        arguments: The command line. Several --config are layers, and flags that end in + add to a list.
+
+    Raises:
+        ConfigurationError: One is.
+    """
+    seen: dict[str, str] = {}
+    for flag, value in _flag_values(arguments):
+        if flag in seen and flag != "config" and not flag.endswith("+"):
+            raise ConfigurationError(f"--{flag} is given twice, as {seen[flag]} and as {value}; keep one of them.")
+        seen[flag] = value
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Loads YAML and refuses a key that stands twice in one mapping: the first would be dropped without a word."""
 

@@ -95,6 +95,15 @@ class PrivateModule(pl.LightningModule, ABC):
         Raises:
             ConfigurationError: The data do not fit the method.
         """
+        for name, part in self.named_children():
+            made = getattr(part, "image_shape", None), getattr(part, "num_classes", data.num_classes)
+            if made[0] is not None and made != (data.image_shape, data.num_classes):
+                classes = f" --model.{name}.num_classes {data.num_classes}" if hasattr(part, "num_classes") else ""
+                raise ConfigurationError(
+                    f"model.{name} is for images {made[0]} of {made[1]} classes, but the data are {data.image_shape} "
+                    f"of {data.num_classes}; set --model.{name}.image_shape '{list(data.image_shape)}'{classes}, or "
+                    "choose other data."
+                )
         self._facts = data
 
     @property

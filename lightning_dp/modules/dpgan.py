@@ -16,7 +16,7 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
 from lightning_dp.modules.imitation import batches, descend, imitate
-from lightning_dp.modules.options import check_betas, check_images, check_positive
+from lightning_dp.modules.options import check_betas, check_positive
 from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.release import PublicRows, PublicSamples
 from lightning_dp.networks.basis import PublicBasis
@@ -107,7 +107,8 @@ class DPGAN(RecordModule):
     @override
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
-        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
+        seen = self._seen(torch.zeros(2, *data.image_shape, device=self.device))
+        self.critic.check_takes(seen, data.num_classes, where="model.critic")
 
     @override
     def contribution_spec(self) -> ContributionSpec:

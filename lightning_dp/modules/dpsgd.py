@@ -16,8 +16,7 @@ from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
 from lightning_dp.gradients.source import GradientMode
 from lightning_dp.gradients.views import random_views
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.base import PublicFacts
-from lightning_dp.modules.options import check_decay, check_images, check_positive, check_share
+from lightning_dp.modules.options import check_decay, check_positive, check_share
 from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.classifier import Classifier
@@ -100,11 +99,6 @@ class DPSGDClassifier(RecordModule):
         self.final_learning_rate_share = final_learning_rate_share
 
     # Public facts ----------------------------------------------------------------------------------------------------
-
-    @override
-    def describe_data(self, data: PublicFacts) -> None:
-        super().describe_data(data)
-        check_images(data, self.network, who="The classifier takes", mend="model.network or data")
 
     @override
     def contribution_spec(self) -> ContributionSpec:

@@ -8,8 +8,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.modules.base import PrivateModule, PublicFacts
-from lightning_dp.modules.options import check_images
+from lightning_dp.modules.base import PrivateModule
 from lightning_dp.modules.release import Released
 from lightning_dp.networks.generator import Generator
 
@@ -29,11 +28,6 @@ class OneShotModule(PrivateModule):
         super().__init__()
         self.generator = generator
         self.public_seed = public_seed
-
-    @override
-    def describe_data(self, data: PublicFacts) -> None:
-        super().describe_data(data)
-        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
 
     @override
     def released_networks(self) -> dict[str, nn.Module]:

@@ -1,37 +1,8 @@
 """Checks of a method's options: each refuses, in one line, what it cannot work with."""
 
 import math
-from typing import Protocol
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.modules.base import PublicFacts
-
-
-class _SeesImages(Protocol):
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def num_classes(self) -> int: ...
-
-
-def check_images(data: PublicFacts, network: _SeesImages, *, who: str, mend: str) -> None:
-    """Refuse data whose images a network does not fit.
-
-    Args:
-        data: Public facts of the data.
-        network: What makes or takes images.
-        who: Subject and verb of the error ("The generator makes").
-        mend: The options to change.
-
-    Raises:
-        ConfigurationError: Shape or number of labels differ.
-    """
-    if data.image_shape != network.image_shape or data.num_classes != network.num_classes:
-        raise ConfigurationError(
-            f"{who} images {network.image_shape} of {network.num_classes} classes, but the data are "
-            f"{data.image_shape} of {data.num_classes}; change {mend}."
-        )
 
 
 def check_positive(**values: float) -> None:

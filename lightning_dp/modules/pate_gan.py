@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.release import Released
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
@@ -112,6 +113,12 @@ class PATEGAN(TeacherEnsembleGAN):
         self._memory: deque[tuple[Tensor, Tensor, Released]] = deque(maxlen=memory)
 
     # Public facts ----------------------------------------------------------------------------------------------------
+
+    @override
+    def describe_data(self, data: PublicFacts) -> None:
+        super().describe_data(data)
+        judged = self._judged(torch.zeros(2, *data.image_shape, device=self.device))
+        self.student.check_takes(judged, data.num_classes, where="model.student")
 
     @override
     def contribution_spec(self) -> ContributionSpec:

@@ -24,7 +24,7 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.averaged import AveragedModule
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import imitate
-from lightning_dp.modules.options import check_betas, check_images, check_positive, check_share
+from lightning_dp.modules.options import check_betas, check_positive, check_share
 from lightning_dp.modules.release import PublicRows, PublicSamples
 from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.basis import PublicBasis
@@ -135,7 +135,6 @@ class TeacherEnsembleGAN(AveragedModule):
     @override
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
-        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
         data.teacher_partition(self._num_teachers, method=self.partition, key=self.partition_key)
         if self.expected_judges is not None and self.expected_judges > self._num_teachers:
             raise ConfigurationError(

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import imitate
-from lightning_dp.modules.options import check_betas, check_images, check_positive, check_share
+from lightning_dp.modules.options import check_betas, check_positive, check_share
 from lightning_dp.modules.records import PoissonModule
 from lightning_dp.modules.release import PublicSamples
 from lightning_dp.modules.schedule import with_cosine_schedule
@@ -60,11 +59,6 @@ class TransportModule(PoissonModule):
         self.basis = basis
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.final_learning_rate_share = final_learning_rate_share
-
-    @override
-    def describe_data(self, data: PublicFacts) -> None:
-        super().describe_data(data)
-        check_images(data, self.generator, who="The generator makes", mend="model.generator or data")
 
     @property
     def point_dim(self) -> int:

@@ -15,7 +15,7 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.keyed import keyed_normal
 from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import batches, descend
-from lightning_dp.modules.options import check_betas, check_images, check_positive, check_share
+from lightning_dp.modules.options import check_betas, check_positive, check_share
 from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.release import PublicSamples
 from lightning_dp.modules.schedule import with_cosine_schedule
@@ -97,7 +97,12 @@ class DPVAE(RecordModule):
     def describe_data(self, data: PublicFacts) -> None:
         super().describe_data(data)
         decoder = self.autoencoder.decoder
-        check_images(data, decoder, who="The decoder makes", mend="model.encoder and model.decoder, or data")
+        if data.image_shape != decoder.image_shape or data.num_classes != decoder.num_classes:
+            raise ConfigurationError(
+                f"The decoder makes images {decoder.image_shape} of {decoder.num_classes} classes, but the data are "
+                f"{data.image_shape} of {data.num_classes}; set image_shape and num_classes of model.encoder and of "
+                "model.decoder, or choose other data."
+            )
 
     @override
     def contribution_spec(self) -> ContributionSpec:

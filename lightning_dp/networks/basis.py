@@ -20,9 +20,11 @@ class PublicBasis(nn.Module, ABC):
 
     Attributes:
         dim: Length of a vector.
+        image_shape: (C, H, W) of the images.
     """
 
     dim: int
+    image_shape: tuple[int, int, int]
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -58,7 +60,8 @@ class LowFrequencyDCT(PublicBasis):
                 f"Expected square images, window <= {height} and num_coefficients <= window^2, got image_shape="
                 f"{image_shape}, {window=}, {num_coefficients=}."
             )
-        self.image_shape, self.num_coefficients, self.window = tuple(image_shape), num_coefficients, window
+        self.image_shape = (channels, height, width)
+        self.num_coefficients, self.window = num_coefficients, window
         self.dim = channels * num_coefficients
         self.matrix: Tensor
         self.register_buffer("matrix", dct_matrix(height, num_coefficients, side), persistent=False)

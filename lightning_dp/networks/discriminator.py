@@ -2,7 +2,10 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
+
+from lightning_dp.errors import ConfigurationError
 
 
 class Discriminator(nn.Module, ABC):
@@ -22,6 +25,29 @@ class Discriminator(nn.Module, ABC):
     @abstractmethod
     def forward(self, samples: Tensor, one_hot: Tensor) -> Tensor:
         """Return logits (B,), high for real, of samples (B, *sample_shape) and one-hot labels (B, num_classes)."""
+
+    @torch.no_grad()
+    def check_takes(self, samples: Tensor, num_classes: int, *, where: str) -> None:
+        """Refuse samples of another shape than the network was made for, before anything is spent on them.
+
+        Args:
+            samples: At least `min_batch` public samples of the shape that it will judge.
+            num_classes: Number of labels.
+            where: The setting that names the network.
+
+        Raises:
+            ConfigurationError: It cannot judge them.
+        """
+        samples = samples.to(next(self.parameters()))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self(samples, samples.new_zeros(len(samples), num_classes))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(
+                f"{where} cannot judge {tuple(samples.shape[1:])} with {num_classes} classes ({reason}); set the sizes "
+                f"among the options of {where}."
+            ) from None
 
     @abstractmethod
     def reset_parameters(self) -> None:
