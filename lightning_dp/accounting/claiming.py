@@ -1,6 +1,8 @@
 """What may be claimed of releases: the level that their conditions allow, and the epsilon where all is proved."""
 
+import math
 from collections.abc import Sequence
+from typing import Final
 
 from dp_accounting import NeighboringRelation
 
@@ -11,6 +13,8 @@ from lightning_dp.accounting.events import NonPrivateRelease, parse_relation, re
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import PLAN_CHANGED, keeps_plan, ledger_plan, plan_changes
 from lightning_dp.errors import ConfigurationError, LedgerError
+
+_USUAL: Final = 10.01  # a target of 10 is met from below; what is above is called weak in the field's guidelines
 
 
 def make_claim(
@@ -81,7 +85,7 @@ def make_claim(
         result = compute_epsilon(charged, delta=delta, relation=relation, accountant=accountant)
         epsilon, stated_by = result.epsilon, result.accountant
         warnings += [*result.notes, *_of_early_stop(counts, charged)]
-    warnings += _of_large_delta(delta, num_records)
+    warnings += [*_of_large_epsilon(epsilon), *_of_large_delta(delta, num_records)]
     return PrivacyClaim(
         level=level,
         epsilon=epsilon,
@@ -106,6 +110,16 @@ def _of_early_stop(counts: Counts, charged: Counts) -> list[str]:
     return [
         "the run stopped before its plan was over: epsilon is that of the plan, which holds whatever released "
         "value the stop looked at"
+    ]
+
+
+def _of_large_epsilon(epsilon: float | None) -> list[str]:
+    """Return the warning that epsilon promises little, if it does."""
+    if epsilon is None or not _USUAL < epsilon < math.inf:
+        return []
+    return [
+        f"epsilon={epsilon:.4g} is a weak promise: what was released may change the odds on one record by a factor "
+        "of up to e^epsilon (10 and less is usual)"
     ]
 
 

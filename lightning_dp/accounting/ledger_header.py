@@ -102,7 +102,23 @@ def check_same_claim(own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     for name, missing in _SAME_CLAIM.items():
         ours, theirs = own.get(name, missing), other.get(name, missing)
         if ours != theirs:
+            expected, got = _in_words(name, ours), _in_words(name, theirs)
             raise LedgerError(
-                f"Expected a ledger with {name}={ours!r}, got {name}={theirs!r}. Resume with the settings under "
+                f"Expected a ledger with {name}={expected}, got {name}={got}. Resume with the settings under "
                 "which its releases were made, or start a new run without that checkpoint."
             )
+
+
+def _in_words(name: str, value: Any) -> str:
+    """Return a field for a message; a plan as "30 x gaussian (l2_sensitivity 50.6, noise_std 138.5)"."""
+    if name != "planned" or not isinstance(value, list):
+        return repr(value)
+    try:
+        return ", ".join(f"{part['count']} x {_event_in_words(part['event'])}" for part in value)
+    except (KeyError, TypeError, AttributeError):  # another's header may hold anything
+        return repr(value)
+
+
+def _event_in_words(event: Mapping[str, Any]) -> str:
+    numbers = (f"{key} {value:.4g}" for key, value in event.items() if isinstance(value, int | float))
+    return f"{event['kind']} ({', '.join(numbers)})"

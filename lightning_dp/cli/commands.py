@@ -33,7 +33,7 @@ def fit(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     arguments = spelt_out(arguments)
     check_class_names(arguments, ROOTS)
-    check_given_once(arguments)
+    check_given_once(arguments, ROOTS)
     check_config_files(arguments)
     cli = FitCLI(arguments)
     card = cli.run()

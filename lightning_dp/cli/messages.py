@@ -285,7 +285,7 @@ def _nearest_flag(word: str, flags: list[str]) -> str:
         if len(name) > 3 and 0 < len(ends) <= 3:
             return f" Did you mean {' or '.join(f'--{flag}' for flag in sorted(ends, reverse=True))}?"
     near = nearest(name, flags, cutoff=0.6).replace("Did you mean ", "Did you mean --")
-    others = " Options of the method are --model.NAME; 'lightning-dp fit --model.help CLASS' lists them."
+    others = " 'fit --help' lists the flags; a method's own are --model.NAME, listed by 'fit --model.help CLASS'."
     return near or (others if "model" in flags else " 'lightning-dp COMMAND --help' lists the flags.")
 
 

@@ -37,18 +37,19 @@ def check_class_names(arguments: list[str], roots: Mapping[str, type]) -> None:
             raise ConfigurationError(unknown_class(flag.removesuffix(".help"), value, base))
 
 
-def check_given_once(arguments: list[str]) -> None:
-    """Refuse a flag that is given twice: the first would be dropped without a word, be it a mechanism or a budget.
+def check_given_once(arguments: list[str], roots: Iterable[str]) -> None:
+    """Refuse two mechanisms, methods, data sets or budgets: the first would be dropped without a word.
 
     Args:
-        arguments: The command line. Several --config are layers, and flags that end in + add to a list.
+        arguments: The command line.
+        roots: Flags that name a class (without dashes).
 
     Raises:
-        ConfigurationError: One is.
+        ConfigurationError: A flag of them is given twice.
     """
     seen: dict[str, str] = {}
     for flag, value in _flag_values(arguments):
-        if flag in seen and flag != "config" and not flag.endswith("+"):
+        if flag in seen and flag.partition(".")[0] in (*roots, "privacy", "dataset_budget"):
             raise ConfigurationError(f"--{flag} is given twice, as {seen[flag]} and as {value}; keep one of them.")
         seen[flag] = value
 

@@ -128,6 +128,12 @@ def test_accountants_notes_become_warnings():
     assert any("no gain from sampling" in warning for warning in sampled.warnings)
 
 
+@pytest.mark.parametrize(("noise_std", "warned"), [(1.0, False), (0.1, True)])
+def test_an_epsilon_that_promises_little_is_a_warning(noise_std, warned):
+    claim = claim_of({(GaussianRelease(noise_std=noise_std, l2_sensitivity=1.0), FULL): 1})
+    assert any("is a weak promise" in warning for warning in claim.warnings) == warned
+
+
 @pytest.mark.parametrize(("num_records", "warned"), [(60_000, False), (100_000, False), (182_637, True)])
 def test_delta_above_one_over_n_is_a_warning(num_records, warned):
     claim = claim_of(num_records=num_records)

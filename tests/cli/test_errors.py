@@ -1,5 +1,6 @@
 """A stranger's mistakes: each ends in one line that names the way out, with exit code 2, before anything is written."""
 
+import errno
 import gzip
 import math
 import subprocess
@@ -55,6 +56,15 @@ MISTAKES = {
     "flag of a group": (["--privacy.epsilon", "3"], ["Did you mean --privacy.target_epsilon?"]),
     "shortened flag": (["--privacy.target_eps", "3"], ["Unknown flag", "Did you mean --privacy.target_epsilon?"]),
     "help of nothing": (["--mechanism.help", "TopAg"], ["Unknown --mechanism 'TopAg'", "Did you mean TopAgg?"]),
+    "flag without its group": (["--epsilon", "3"], ["mean --privacy.target_epsilon or --dataset_budget.epsilon?"]),
+    "flag of a method": (["--batch_size", "3"], ["Unknown flag --batch_size", "--model.NAME", "--model.help"]),
+    "seed, which never means known noise": (["--seed", "3"], ["Did you mean --seed_everything?"]),
+    "two mechanisms": (
+        ["--mechanism", "TopAgg", "--mechanism", "Gaussian"],
+        ["twice, as TopAgg and as Gaussian"],
+    ),
+    "two budgets": (["--privacy.target_epsilon", "1", "--privacy.target_epsilon=9"], ["given twice, as 1 and as 9"]),
+    "no value": (["--privacy.target_delta", "-1e-5"], ["value after --privacy.target_delta", "target_delta=VALUE"]),
     "unlike any flag": (["--xyzzy", "3"], ["Unknown flag --xyzzy", "--help"]),
     "stray word": (["TopAgg"], ["Unexpected argument 'TopAgg'", "--config"]),
     "optimizer": (["--optimizer", "SGD"], ["Unknown flag --optimizer"]),
@@ -95,7 +105,7 @@ MISTAKES = {
         ["Inception weights", "no file at nowhere.pth"],
     ),
     "checkpoint_every": (["--checkpoint_every", "0"], ["checkpoint_every >= 1"]),
-    "evaluate_every": (["--evaluate_every", "0"], ["every_n_releases >= 1"]),
+    "evaluate_every": (["--evaluate_every", "0"], ["evaluate_every >= 1", "evaluate_every=0"]),
     # settings that fight each other
     "noise beyond the budget": (
         ["--privacy.noise_multiplier", "50", "--trainer.max_steps", "100000"],
@@ -137,6 +147,16 @@ MISTAKES = {
     "raw numbers online": (["--telemetry.raw", "true", "--wandb", "online"], ["without noise", "--wandb offline"]),
     "logger": (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x"], ["trainer.logger", "leave it out"]),
     "accelerator": (["--trainer.accelerator", "gpux"], ["gpux", "cpu"]),
+    "no device": (["--trainer.devices", "0"], ["--trainer.devices", "cpu and 1"]),
+    # networks of other sizes than the data
+    "generator of another size": (
+        ["--model.generator.image_shape", "[3,32,32]"],
+        ["model.generator is for images (3, 32, 32)", "--model.generator.image_shape '[1, 28, 28]'"],
+    ),
+    "basis of another size": (
+        ["--model.basis.image_shape", "[1,32,32]"],
+        ["model.basis is for images (1, 32, 32)", "--model.basis.image_shape '[1, 28, 28]'"],
+    ),
     # resuming
     "nothing to resume": (["--ckpt_path", "last"], ["found no ledger", "--run_dir"]),
     "no such checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["--ckpt_path nowhere.ckpt"]),
@@ -353,6 +373,28 @@ def test_a_broken_protocol_is_no_mistake_of_the_user(cli, monkeypatch):
     outcome = cli("fit")
     assert outcome.code == 1
     assert outcome.err == "lightning-dp: error: privacy protocol broken: released twice\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "ledger.jsonl"), ["cannot write ledger.jsonl", "make room"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["not enough memory", "images_per_step"]),
+        (MemoryError(), ["not enough memory"]),
+    ],
+)
+def test_a_full_disk_and_a_full_memory_are_one_line(cli, monkeypatch, error, words):
+    from lightning_dp.cli import commands
+
+    def full(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "fit", full)
+    outcome = cli("fit")
+    assert outcome.code == 1
+    assert outcome.err.startswith("lightning-dp: error: ")
+    assert outcome.err.count("\n") == 1
+    assert all(word in outcome.err for word in words)
 
 
 def test_an_unforeseen_bug_keeps_its_traceback(monkeypatch):
