@@ -6,14 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.loggers import WandbLogger
-from torch import nn
 from typing_extensions import override
 
 from callbacks.privacy_accountant import PrivacyAccountant
-from callbacks.private_checkpoint import PrivateCheckpoint
-from callbacks.private_ddp import check_strategy, ranks_of
+from callbacks.private_ddp import ranks_of
+from callbacks.refusals import refuse_coupled_records, refuse_settings
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
 from lightning_dp.accounting.plan import plan_header
@@ -28,7 +25,6 @@ from lightning_dp.modules.warm_start import WarmPlan, WarmStart
 _logger = logging.getLogger(__name__)
 
 _RAW_LOGS = "the logs of this run staying private: telemetry.raw put numbers without noise into them"
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class GradientPrivatizer(pl.Callback):
@@ -77,7 +73,7 @@ class GradientPrivatizer(pl.Callback):
         module.describe_data(data)
         spec = module.contribution_spec()
         self.mechanism.check(spec)
-        _refuse_coupled_records(module)
+        refuse_coupled_records(module)
         # The length of a run without privacy is that of the private run which the same settings describe.
         priced = self.mechanism if self.mechanism.is_private else _stand_in()
 
@@ -269,8 +265,7 @@ class GradientPrivatizer(pl.Callback):
             ConfigurationError: A second privatizer, a lost ledger, gradient clipping, accumulation, fp16, a strategy
                 that averages, numbers without noise sent to W&B, or a checkpoint that others could read.
         """
-        self._refuse_raw_online(trainer)
-        _refuse_open_checkpoints(trainer)
+        refuse_settings(trainer, raw_telemetry=self.raw_telemetry)
         others = [c for c in trainer.callbacks if isinstance(c, GradientPrivatizer)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ConfigurationError(
@@ -281,58 +276,6 @@ class GradientPrivatizer(pl.Callback):
                 "The PrivacyAccountant of this GradientPrivatizer is not among the trainer's callbacks, so checkpoints "
                 "would lose the ledger. Pass both: Trainer(callbacks=[privatizer, accountant])."
             )
-        if trainer.gradient_clip_val:
-            raise ConfigurationError(
-                f"trainer.gradient_clip_val={trainer.gradient_clip_val} would change gradients after their release; "
-                "leave it out. The mechanism bounds each row by itself."
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise ConfigurationError(
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} would mix releases; "
-                "set it to 1. Rows are chunked inside one release."
-            )
-        if str(trainer.precision) not in ("32-true", "bf16-mixed"):
-            raise ConfigurationError(
-                f"Expected trainer.precision 32-true or bf16-mixed, got precision={trainer.precision}. (fp16 scales "
-                "losses and skips steps on overflow, which depends on data without noise.)"
-            )
-        check_strategy(trainer)
-
-    def _refuse_raw_online(self, trainer: pl.Trainer) -> None:
-        """Refuse to send numbers without noise to a service; other loggers than W&B are the caller's word."""
-        if self.raw_telemetry and any(isinstance(one, WandbLogger) and not one._offline for one in trainer.loggers):
-            raise ConfigurationError(
-                "telemetry.raw logs numbers without noise, and W&B online would send them away; leave one of them out "
-                "(--wandb offline)."
-            )
-
-
-def _refuse_open_checkpoints(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that would write teachers where anybody reads them; Lightning adds one unless told not to."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Checkpoint) and not isinstance(callback, PrivateCheckpoint):
-            raise ConfigurationError(
-                f"{type(callback).__name__} would write teachers and optimizer states where others can read them; pass "
-                "Trainer(enable_checkpointing=False), or a callbacks.PrivateCheckpoint, which can resume too."
-            )
-
-
-def _refuse_coupled_records(module: PrivateModule) -> None:
-    """Refuse layers that mix the records of a batch where each record is bounded by itself."""
-    if module.contribution_spec().kind != "record":
-        return
-    # Networks that never see a record (a generator that learns from a released critic) may mix their own fakes.
-    coupled = [
-        f"{part}.{name}"
-        for part, network in module.released_networks().items()
-        for name, layer in network.named_modules()
-        if isinstance(layer, _BATCH_NORMS)
-    ]
-    if coupled:
-        raise ConfigurationError(
-            "Batch normalisation couples the records of a batch, so per-record clipping bounds nothing: "
-            f"{', '.join(coupled)}. Use GroupNorm."
-        )
 
 
 def _stand_in() -> Mechanism:

@@ -53,6 +53,16 @@ class TinyData(ImageDataModule):
         )
 
 
+class Blobs(TinyData):
+    """All dark images of one class; of the other, with a bright right half."""
+
+    def read(self) -> ImageSplits:
+        splits = super().read()
+        splits.train_images[:] = 20
+        splits.train_images[splits.train_labels == 1, :, :, 4:] = 220
+        return splits
+
+
 def tiny_generator() -> DCTGenerator:
     return DCTGenerator((1, 8, 8), num_classes=2, latent_dim=3, num_coefficients=10, width=4)
 

@@ -57,7 +57,8 @@ class Mechanism(ABC):
     The value of a release goes through ``encode`` (each row by itself, within a bound), ``perturb_rows`` (local noise,
     none by default), a plain sum, ``measure`` (a deterministic map of the sum, the identity by default), ``perturb``
     (Gaussian noise on every coordinate by default) and ``decode`` (post-processing). Subclasses are final, one per
-    file, and hold constructor options only: no state, no tensors. One that draws other noise states another event.
+    file, and hold constructor options only, no tensors; what ``adapt`` sets is a function of perturbed values. One that
+    draws other noise states another event.
 
     Class attributes:
         kinds: The kinds of contribution for which the mechanism has a proof.

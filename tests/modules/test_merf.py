@@ -11,7 +11,7 @@ from lightning_dp.modules.mean_embedding import MeanEmbedding
 from lightning_dp.modules.merf import DPMERF, discrepancy
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.dct import DCTGenerator
-from tests.conftest import TinyData, callbacks_for, trainer_for
+from tests.conftest import Blobs, TinyData, callbacks_for, trainer_for
 
 RELATIONS = ["add_or_remove_one", "replace_one"]
 
@@ -157,13 +157,6 @@ def test_it_releases_and_claims_what_was_asked(tmp_path, relation, releases):
 
 
 def test_without_noise_it_learns_the_classes(tmp_path):
-    class Blobs(TinyData):
-        def read(self):
-            splits = super().read()
-            splits.train_images[:] = 20
-            splits.train_images[splits.train_labels == 1, :, :, 4:] = 220
-            return splits
-
     module = tiny_module(train_steps=250, learning_rate=0.03, num_frequencies=200)
     trainer_for(tmp_path, callbacks_for(NoPrivacy()), 1).fit(module, datamodule=Blobs())
     images, labels = module.released_generator().sample(50, seed=0)

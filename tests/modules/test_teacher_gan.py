@@ -18,7 +18,7 @@ from lightning_dp.modules.release import _DOOR, PublicRows, Released
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.dct import DCTGenerator
-from tests.conftest import TinyData, callbacks_for, tiny_discriminator_gan, tiny_gan, tiny_generator, trainer_for
+from tests.conftest import Blobs, TinyData, callbacks_for, tiny_discriminator_gan, tiny_gan, tiny_generator, trainer_for
 
 
 def test_the_released_vector_is_the_output_gradient_of_the_surrogate_loss():
@@ -48,14 +48,6 @@ def test_every_mechanism_trains_with_every_kind_of_teacher(run_tiny, make, mecha
 
 def test_without_noise_the_energy_distance_falls(run_tiny):
     """The teachers pull and the pool pushes until fakes lie like records."""
-
-    class Blobs(TinyData):
-        def read(self):
-            splits = super().read()
-            splits.train_images[:] = 20
-            splits.train_images[splits.train_labels == 1, :, :, 4:] = 220
-            return splits
-
     module = tiny_gan(images_per_step=20, learning_rate=0.05, step_size=1.0)
     module, *_ = run_tiny(module=module, data=Blobs(), mechanism=NoPrivacy(), max_steps=150)
     images, labels = module.generator.sample(50, seed=0)

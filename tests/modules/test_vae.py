@@ -16,7 +16,7 @@ from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.published import load_generator
 from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.vae import ConvDecoder, ConvEncoder, CosineDecoder, CosineEncoder, VAEDecoder, VAEEncoder
-from tests.conftest import TinyData, callbacks_for, trainer_for
+from tests.conftest import Blobs, TinyData, callbacks_for, trainer_for
 from tests.contracts.records import moves
 
 SHAPE = (1, 8, 8)
@@ -139,13 +139,6 @@ def test_empty_batches_release_noise_and_are_charged(tmp_path, monkeypatch):
 
 
 def test_without_noise_it_learns_the_classes(tmp_path):
-    class Blobs(TinyData):
-        def read(self):
-            splits = super().read()
-            splits.train_images[:] = 20
-            splits.train_images[splits.train_labels == 1, :, :, 4:] = 220
-            return splits
-
     module, _ = train(tmp_path, tiny_vae(expected_batch_size=40, learning_rate=0.1), NoPrivacy(), Blobs(), 60)
     images, labels = module.released_generator().sample(50, seed=0)
     assert images[labels == 0].mean().item() == pytest.approx(20 / 255, abs=0.06)

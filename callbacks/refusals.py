@@ -1,0 +1,84 @@
+"""What would spoil the guarantee: trainer settings, and layers that couple records; refused before a record is read."""
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import WandbLogger
+from torch import nn
+
+from callbacks.private_checkpoint import PrivateCheckpoint
+from callbacks.private_ddp import check_strategy
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.modules.base import PrivateModule
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def refuse_settings(trainer: pl.Trainer, *, raw_telemetry: bool) -> None:
+    """Refuse settings under which gradients change after their release, releases mix, or private numbers leave.
+
+    Args:
+        trainer: The trainer, with its callbacks and loggers.
+        raw_telemetry: Whether numbers without noise are logged.
+
+    Raises:
+        ConfigurationError: Gradient clipping, accumulation, fp16, a strategy that averages, numbers without noise sent
+            to W&B, or a checkpoint that others could read.
+    """
+    # Other loggers than W&B are the caller's word.
+    if raw_telemetry and any(isinstance(one, WandbLogger) and not one._offline for one in trainer.loggers):
+        raise ConfigurationError(
+            "telemetry.raw logs numbers without noise, and W&B online would send them away; leave one of them out "
+            "(--wandb offline)."
+        )
+    _refuse_open_checkpoints(trainer)
+    if trainer.gradient_clip_val:
+        raise ConfigurationError(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val} would change gradients after their release; "
+            "leave it out. The mechanism bounds each row by itself."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} would mix releases; "
+            "set it to 1. Rows are chunked inside one release."
+        )
+    if str(trainer.precision) not in ("32-true", "bf16-mixed"):
+        raise ConfigurationError(
+            f"Expected trainer.precision 32-true or bf16-mixed, got precision={trainer.precision}. (fp16 scales "
+            "losses and skips steps on overflow, which depends on data without noise.)"
+        )
+    check_strategy(trainer)
+
+
+def _refuse_open_checkpoints(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that would write teachers where anybody reads them; Lightning adds one unless told not to."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Checkpoint) and not isinstance(callback, PrivateCheckpoint):
+            raise ConfigurationError(
+                f"{type(callback).__name__} would write teachers and optimizer states where others can read them; pass "
+                "Trainer(enable_checkpointing=False), or a callbacks.PrivateCheckpoint, which can resume too."
+            )
+
+
+def refuse_coupled_records(module: PrivateModule) -> None:
+    """Refuse layers that mix the records of a batch where each record is bounded by itself.
+
+    Args:
+        module: The method, after `describe_data`.
+
+    Raises:
+        ConfigurationError: A released network normalises over its batch.
+    """
+    if module.contribution_spec().kind != "record":
+        return
+    # Networks that never see a record (a generator that learns from a released critic) may mix their own fakes.
+    coupled = [
+        f"{part}.{name}"
+        for part, network in module.released_networks().items()
+        for name, layer in network.named_modules()
+        if isinstance(layer, _BATCH_NORMS)
+    ]
+    if coupled:
+        raise ConfigurationError(
+            "Batch normalisation couples the records of a batch, so per-record clipping bounds nothing: "
+            f"{', '.join(coupled)}. Use GroupNorm."
+        )
