@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_dp.gradients.ranks import ALONE, Ranks
 _logger = logging.getLogger(__name__)
 _SAMPLED_EPSILON_POINTS = 50
 _LEASES = 20  # parts of a plan that are noted in a data set's budget, one by one
+_EPSILON_SHARE = 0.02  # of a run's time, at most, goes into showing epsilon
 
 
 class PrivacyAccountant(pl.Callback):
@@ -65,6 +67,7 @@ class PrivacyAccountant(pl.Callback):
         self._ranks = ALONE
         self._reserved: Counts | None = None
         self._leased = 0
+        self._speaks_again_at = 0.0
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -224,8 +227,11 @@ class PrivacyAccountant(pl.Callback):
     def speak(self) -> None:
         """Bring `epsilon` up to the newest release; where records are sampled, that can take longer than a step."""
         if self.epsilon_releases != len(self.ledger):
+            start = time.perf_counter()
             self.epsilon = spent_epsilon(self.ledger, accountant=self.privacy.accountant)
             self.epsilon_releases = len(self.ledger)
+            now = time.perf_counter()
+            self._speaks_again_at = now + (now - start) / _EPSILON_SHARE
 
     def claim(self) -> PrivacyClaim:
         """Return what can be said of everything released so far."""
@@ -293,7 +299,8 @@ class PrivacyAccountant(pl.Callback):
             self.speak()
             if self.epsilon is not None:
                 metrics["privacy/epsilon"] = self.epsilon
-        pl_module.log_dict(metrics, logger=False)  # for other callbacks, rounded to float32
+            # For other callbacks, rounded to float32; at every release it would be the dearest part of the framework.
+            pl_module.log_dict(metrics, logger=False)
         # Loggers get it exactly: an epsilon may not be shown below what was proved.
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
@@ -306,7 +313,10 @@ class PrivacyAccountant(pl.Callback):
         if all(sampling.rate == 1.0 for _, sampling in self.ledger.counts()):
             return True
         done, planned = len(self.ledger), self._budget.num_releases
-        return done >= planned or done % max(1, planned // _SAMPLED_EPSILON_POINTS) == 0
+        if done >= planned:
+            return True
+        is_a_point = done % max(1, planned // _SAMPLED_EPSILON_POINTS) == 0
+        return is_a_point and time.perf_counter() >= self._speaks_again_at
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         if not self._ranks.first(self._is_spent):

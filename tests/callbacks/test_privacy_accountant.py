@@ -88,6 +88,31 @@ class TestLog:
         assert [row["privacy/releases"] for _, row in kept.rows if "privacy/releases" in row] == [1, 2, 3, 4]
 
 
+class TestSampledEpsilon:
+    """Where records are sampled, an epsilon takes longer than a step."""
+
+    @pytest.mark.parametrize(("step_s", "epsilon_s", "points"), [(0.1, 0.1, 50), (0.1, 5.0, 5), (1e-4, 9.0, 2)])
+    def test_showing_it_takes_a_fiftieth_of_the_time_at_most(self, monkeypatch, step_s, epsilon_s, points):
+        now, spoken = [0.0], []
+
+        def slow_epsilon(ledger, **_):
+            now[0] += epsilon_s
+            spoken.append(len(ledger))
+            return 1.0
+
+        monkeypatch.setattr("callbacks.privacy_accountant.time.perf_counter", lambda: now[0])
+        monkeypatch.setattr("callbacks.privacy_accountant.spent_epsilon", slow_epsilon)
+        accountant = opened(num_releases=10_000, epsilon=1.0)
+        for _ in range(10_000):
+            accountant.ledger.append(EVENT, Sampling(scheme="poisson", rate=0.01))
+            now[0] += step_s
+            if accountant._is_time_to_speak():
+                accountant.speak()
+        assert len(spoken) == points  # the last one among them, whatever it costs
+        assert spoken[0] == 200
+        assert spoken[-1] == 10_000 == accountant.epsilon_releases
+
+
 class TestBudget:
     def test_the_planned_releases_fit_and_one_more_does_not(self):
         accountant = opened(num_releases=3)
