@@ -1,6 +1,6 @@
 """Run all benchmarks and put their tables into docs/performance.md.
 
-    python -m benchmarks [--only NAME] [--quick] [--json FILE] [--docs FILE]
+    python -m benchmarks [--only NAME] [--device cuda] [--quick] [--json FILE] [--docs FILE]
 
 Each table stands between two markers in the document; the words around it stay. Programs that are compared alternate in
 one run, and the fastest step counts. Tables of a GPU are written beside those of the CPU when there is one.
@@ -20,18 +20,14 @@ DOCUMENT = Path("docs/performance.md")
 
 def benchmarks_of(device: str) -> dict[str, Callable[[bool], Table]]:
     """Return the benchmarks of a device, by name, in the order in which they run."""
-    found: dict[str, Callable[[bool], Table]] = {
+    return {
         "teachers": lambda quick: teachers.run(quick=quick, device=device),
         "releases": lambda quick: releases.run(quick=quick, device=device),
+        "dpsgd": lambda quick: dpsgd.run(quick=quick, device=device),
+        "sinkhorn": lambda quick: sinkhorn.run(quick=quick, device=device),
+        "growth": lambda quick: growth.run(quick=quick, device=device),
+        "overhead": lambda quick: overhead.run(quick=quick, device=device),
     }
-    if device == "cpu":
-        found |= {
-            "dpsgd": lambda quick: dpsgd.run(quick=quick),
-            "sinkhorn": lambda quick: sinkhorn.run(quick=quick),
-            "growth": lambda quick: growth.run(quick=quick),
-            "overhead": lambda quick: overhead.run(quick=quick),
-        }
-    return found
 
 
 def devices() -> list[str]:
@@ -46,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [*benchmarks_of("cpu"), "ranks"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=names, help="run this one; may be given several times")
+    parser.add_argument("--device", action="append", choices=("cpu", "cuda"), help="on this one (all that are there)")
     parser.add_argument("--quick", action="store_true", help="short runs of the smaller sizes, a few minutes in all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
     parser.add_argument(
@@ -53,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     tables, wanted = [], options.only or names
-    for device in devices():
+    for device in options.device or devices():
         for name, run in benchmarks_of(device).items():
             if name not in wanted:
                 continue
@@ -65,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             tables.append(table)
     if options.json:
         options.json.write_text(json.dumps([table.to_dict() for table in tables], indent=2) + "\n")
-    if "ranks" in wanted:
+    if "ranks" in wanted and "cpu" in (options.device or ["cpu"]):
         ranks.main(["--write", str(options.docs), *["--quick"] * options.quick])
     return int(not all(is_met for table in tables for is_met in table.targets.values()))
 

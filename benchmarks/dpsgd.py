@@ -1,6 +1,6 @@
 """Compare a step of DP-SGD with Opacus and with plain SGD: samples per CPU second and peak memory.
 
-    python -m benchmarks.dpsgd [--quick] [--json PATH] [--networks small_cnn,mlp] [--batch N]
+    python -m benchmarks.dpsgd [--quick] [--json PATH] [--networks small_cnn,mlp] [--batch N] [--device cpu]
 
 A step is: per-record gradients of a batch, flat clipping, one sum, Gaussian noise, SGD. Ours is what `DPSGDClassifier`
 does by default, double-precision sums and noise from the operating system's secret included. `hooks` and `ghost` are
@@ -12,14 +12,13 @@ each counts. Compare numbers of one run only: other work on the machine moves th
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.clock import now, peak_bytes
 from benchmarks.tables import Table
 
 METHODS = ("sgd", "ours", "hooks", "ghost")
@@ -88,9 +87,9 @@ def _ours(network: Any, images: Any, labels: Any, mode: str = "auto") -> Callabl
 
     def step() -> None:
         optimizer.zero_grad()
-        total = torch.zeros(1, spec.vector_dim, dtype=torch.float64)
+        total = torch.zeros(1, spec.vector_dim, dtype=torch.float64, device=images.device)
         at_once = source.records_at_once(network, mean_cross_entropy, (views, labels))
-        for ids in torch.arange(len(images)).split(at_once):
+        for ids in torch.arange(len(images), device=images.device).split(at_once):
             chunks = source.gradients(network, mean_cross_entropy, (views[ids], labels[ids]), ids=ids)
             if next(rows_where_needed(chunks, mechanism, spec, total), None) is not None:
                 raise RuntimeError("Flat clipping needs norms alone, but rows were formed.")
@@ -132,7 +131,7 @@ def _opacus(network: Any, images: Any, labels: Any, mode: str) -> Callable[[], N
     return step
 
 
-def measure(name: str, method: str, batch: int, seconds: float) -> dict[str, Any]:
+def measure(name: str, method: str, batch: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
     """Return the fastest step and the peak memory of one method in this process."""
     import warnings
 
@@ -142,27 +141,28 @@ def measure(name: str, method: str, batch: int, seconds: float) -> dict[str, Any
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network, shape = _network(name)
-    images, labels = torch.rand(batch, *shape), torch.arange(batch) % 10
+    network = network.to(device)
+    images, labels = torch.rand(batch, *shape, device=device), torch.arange(batch, device=device) % 10
     if method == "sgd":
         step = _plain(network, images, labels)
     elif method == "ours":
         step = _ours(network, images, labels)
     else:
         step = _opacus(network, images, labels, method)
-    start_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start_bytes = peak_bytes(device)
     steps: list[float] = []
     while len(steps) < 3 or (sum(steps) < seconds and len(steps) < 100):
-        start = time.process_time()
+        start = now(device)
         step()
-        steps.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        steps.append(now(device) - start)
+    peak = peak_bytes(device)
     best = min(steps)
     return {"samples_per_s": batch / best, "step_s": best, "peak_bytes": peak, "step_bytes": peak - start_bytes}
 
 
-def measure_apart(name: str, method: str, batch: int, seconds: float) -> dict[str, Any] | None:
+def measure_apart(name: str, method: str, batch: int, seconds: float, device: str) -> dict[str, Any] | None:
     """Return what `measure` finds in a fresh process with one thread; None where the method refuses the network."""
-    task = json.dumps([name, method, batch, seconds])
+    task = json.dumps([name, method, batch, seconds, device])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.dpsgd", "--worker", task]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -173,12 +173,12 @@ def measure_apart(name: str, method: str, batch: int, seconds: float) -> dict[st
     return result
 
 
-def compare(name: str, batch: int, *, processes: int, seconds: float) -> dict[str, Any]:
+def compare(name: str, batch: int, *, processes: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
     """Return one line of the table."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(processes):
         for method in METHODS:
-            new = measure_apart(name, method, batch, seconds)
+            new = measure_apart(name, method, batch, seconds, device)
             if new is not None and (method not in found or new["step_s"] < found[method]["step_s"]):
                 found[method] = new
     peers = [found[method] for method in ("hooks", "ghost") if method in found]
@@ -192,13 +192,16 @@ def compare(name: str, batch: int, *, processes: int, seconds: float) -> dict[st
     }
 
 
-def run(*, quick: bool) -> Table:
+def run(*, quick: bool, device: str = "cpu") -> Table:
     """Return the table of all networks."""
     processes, seconds = (1, 1.0) if quick else (2, SECONDS_PER_PROCESS)
-    return table([compare(name, batch, processes=processes, seconds=seconds) for name, batch in NETWORKS.items()])
+    lines = [
+        compare(name, batch, processes=processes, seconds=seconds, device=device) for name, batch in NETWORKS.items()
+    ]
+    return table(lines, device=device)
 
 
-def table(lines: list[dict[str, Any]]) -> Table:
+def table(lines: list[dict[str, Any]], *, device: str = "cpu") -> Table:
     """Return lines of `compare` as a table."""
     return Table(
         name="dpsgd",
@@ -222,6 +225,7 @@ def table(lines: list[dict[str, Any]]) -> Table:
             "at least as fast as the best mode of Opacus": all(line["speed_to_best_peer"] >= 1 for line in lines),
             "never above the memory of the leanest": all(line["memory_to_leanest_peer"] <= 1 for line in lines),
         },
+        device=device,
     )
 
 
@@ -252,6 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--batch", type=int, help="records of a step, instead of the network's own")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -260,7 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
     lines = []
     for name in options.networks.split(","):
         processes, seconds = (1, 1.0) if options.quick else (2, SECONDS_PER_PROCESS)
-        lines.append(compare(name, options.batch or NETWORKS[name], processes=processes, seconds=seconds))
+        batch = options.batch or NETWORKS[name]
+        lines.append(compare(name, batch, processes=processes, seconds=seconds, device=options.device))
         print(f"{name}: done", file=sys.stderr, flush=True)
     print_table(lines)
     if options.json:

@@ -22,7 +22,7 @@ def _line(what: str, unit: str, sizes: Iterable[int], seconds: Callable[[int], f
     return [what, unit, shown, f"{exponent:.2f}"]
 
 
-def run(*, quick: bool) -> Table:
+def run(*, quick: bool, device: str = "cpu") -> Table:
     """Return the table."""
     seconds = 0.3 if quick else 3.0
     rows = [
@@ -30,25 +30,25 @@ def run(*, quick: bool) -> Table:
             "teachers, dense, batch 16",
             "a round of all",
             TEACHERS,
-            lambda num: teachers.measure("mlp", num, "stacked", 16, "cpu", seconds)["round_s"],
+            lambda num: teachers.measure("mlp", num, "stacked", 16, device, seconds)["round_s"],
         ),
         _line(
             "their batch, 200 dense teachers",
             "a round of all",
             TEACHER_BATCHES,
-            lambda batch: teachers.measure("mlp", 200, "stacked", batch, "cpu", seconds)["round_s"],
+            lambda batch: teachers.measure("mlp", 200, "stacked", batch, device, seconds)["round_s"],
         ),
         _line(
             "records of a step, small CNN",
             "a step of DP-SGD",
             RECORDS,
-            lambda batch: dpsgd.measure("small_cnn", "ours", batch, seconds)["step_s"],
+            lambda batch: dpsgd.measure("small_cnn", "ours", batch, seconds, device)["step_s"],
         ),
         _line(
             "numbers released",
             "a Gaussian release",
             DIMS,
-            lambda dim: releases.measure("Gaussian", dim, seconds=seconds)[1],
+            lambda dim: releases.measure("Gaussian", dim, seconds=seconds, device=device)[1],
         ),
     ]
     return Table(
@@ -56,4 +56,5 @@ def run(*, quick: bool) -> Table:
         title="Growth, milliseconds of CPU time",
         columns=["of", "what is timed", "size: milliseconds", "exponent"],
         rows=rows,
+        device=device,
     )

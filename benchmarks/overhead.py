@@ -2,7 +2,8 @@
 
 Both draw a Poisson batch, form clipped per-record gradients, add noise once and take a step of SGD. The framework adds
 hooks of the Trainer, callbacks, the guard over released parameters, the accountant, and a ledger that is on disk before
-noise is drawn. Steps alternate in one process with one thread; medians of CPU time count.
+noise is drawn. Steps alternate in one process with one thread, and their times are compared twice: by medians, and by
+sums, in which the steps after which epsilon is computed count as well.
 """
 
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.clock import now
 from benchmarks.tables import Table
 
 BATCHES = (512, 64)
@@ -36,7 +38,7 @@ def bare_step(network: Any, images: Any, labels: Any, size: int) -> Callable[[],
     spec = ContributionSpec.records(expected_batch_size=size, vector_dim=sum(segments), segments=segments)
     plan = ReleasePlan(spec=spec, relation=NeighboringRelation.ADD_OR_REMOVE_ONE, noise_multiplier=1.0)
     mechanism, noise, source = Gaussian(), NoiseSource(), GradientSource("auto", None)
-    sampler = PoissonSampler(len(images), size / len(images))
+    sampler, device = PoissonSampler(len(images), size / len(images)), images.device
     optimizer, numbers = torch.optim.SGD(network.parameters(), lr=0.05), iter(range(1, 10**9))
 
     def batch(ids: Any) -> tuple[Any, Any]:
@@ -44,7 +46,8 @@ def bare_step(network: Any, images: Any, labels: Any, size: int) -> Callable[[],
 
     def step() -> None:
         optimizer.zero_grad()
-        total, drawn = torch.zeros(1, spec.vector_dim, dtype=torch.float64), sampler.draw()
+        total = torch.zeros(1, spec.vector_dim, dtype=torch.float64, device=device)
+        drawn = sampler.draw().to(device)
         at_once = source.records_at_once(network, mean_cross_entropy, batch(drawn[:1]))
         for ids in drawn.split(at_once):
             chunks = source.gradients(network, mean_cross_entropy, batch(ids), ids=ids)
@@ -59,12 +62,13 @@ def bare_step(network: Any, images: Any, labels: Any, size: int) -> Callable[[],
     return step
 
 
-def alternating(size: int, steps: int) -> dict[str, list[float]]:
-    """Return CPU seconds of steps alone and of framed ones, taken in turn, and the seconds that the latter took.
+def alternating(size: int, steps: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Return seconds of steps alone and of framed ones, taken in turn, and those by the wall of the latter.
 
     Args:
         size: Expected records of a step.
         steps: How many of each.
+        device: cpu or cuda.
     """
     import pytorch_lightning as pl
     import torch
@@ -81,7 +85,9 @@ def alternating(size: int, steps: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     data = EmbeddedDigits(steps_per_epoch=PLANNED)
     data.setup("fit")
-    bare = bare_step(TemperedCNN(activation="relu"), data.train_images, data.train_labels, size)
+    bare = bare_step(
+        TemperedCNN(activation="relu").to(device), data.train_images.to(device), data.train_labels.to(device), size
+    )
     found: dict[str, list[float]] = {"alone": [], "framed": [], "clock": []}
 
     class Turns(pl.Callback):
@@ -90,15 +96,15 @@ def alternating(size: int, steps: int) -> dict[str, list[float]]:
         last: tuple[float, float] | None = None
 
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            now = time.process_time(), time.perf_counter()
+            done = now(device), time.perf_counter()
             if self.last is not None:
-                found["framed"].append(now[0] - self.last[0])
-                found["clock"].append(now[1] - self.last[1])
-            start = time.process_time()
+                found["framed"].append(done[0] - self.last[0])
+                found["clock"].append(done[1] - self.last[1])
+            start = now(device)
             bare()
-            found["alone"].append(time.process_time() - start)
+            found["alone"].append(now(device) - start)
             trainer.should_stop = len(found["framed"]) >= steps
-            self.last = time.process_time(), time.perf_counter()
+            self.last = now(device), time.perf_counter()
 
     settings = PrivacySettings(neighboring_relation="add_or_remove_one", noise_multiplier=1.0, target_delta=1e-5)
     module = DPSGDClassifier(TemperedCNN(activation="relu"), expected_batch_size=size, learning_rate=0.05)
@@ -108,6 +114,8 @@ def alternating(size: int, steps: int) -> dict[str, list[float]]:
         trainer = pl.Trainer(
             max_steps=PLANNED,
             max_epochs=-1,
+            accelerator=device,
+            devices=1,
             logger=CSVLogger(folder),
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -118,20 +126,21 @@ def alternating(size: int, steps: int) -> dict[str, list[float]]:
     return {name: times[-steps:] for name, times in found.items()}
 
 
-def run(*, quick: bool) -> Table:
+def run(*, quick: bool, device: str = "cpu") -> Table:
     """Return the table."""
     rows, is_met = [], True
     for size in BATCHES:
-        found = alternating(size, 20 if quick else 100)
+        found = alternating(size, 20 if quick else 100 * max(BATCHES) // size, device)
         alone, framed, clock = (1e3 * median(found[name]) for name in ("alone", "framed", "clock"))
-        is_met = is_met and (size < max(BATCHES) or framed <= TARGET * alone)
-        rows.append(
-            [f"TemperedCNN, batch {size}", f"{alone:.1f}", f"{framed:.1f}", f"{framed / alone:.2f}", f"{clock:.1f}"]
-        )
+        whole = sum(found["framed"]) / sum(found["alone"])
+        is_met = is_met and whole <= TARGET
+        shown = f"{alone:.1f}", f"{framed:.1f}", f"{framed / alone:.2f}", f"{whole:.2f}", f"{clock:.1f}"
+        rows.append([f"TemperedCNN, batch {size}", *shown])
     return Table(
         name="overhead",
         title="A private step under Lightning and alone, milliseconds",
-        columns=["step", "alone, CPU", "framed, CPU", "framed to alone", "framed, clock"],
+        columns=["step", "alone", "framed", "framed to alone", "all steps with epsilon", "framed, by the wall"],
         rows=rows,
-        targets={f"at most {TARGET} times the bare step at batch {max(BATCHES)}": is_met},
+        targets={f"at most {TARGET} times the bare steps, epsilon included": is_met},
+        device=device,
     )

@@ -5,10 +5,10 @@ release draws its noise from the operating system's secret, in double precision.
 fastest of a few; on a GPU they are those of the clock.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.clock import now
 from benchmarks.tables import Table
 
 DIMS = (784, 12_288, 1_000_000)
@@ -24,20 +24,12 @@ def fastest(step: Callable[[], Any], *, seconds: float, device: str = "cpu") -> 
         seconds: How long to go on.
         device: cpu counts CPU time, cuda the clock.
     """
-    import torch
-
-    def now() -> float:
-        if device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
     step()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 1000):
-        start = now()
+        start = now(device)
         step()
-        times.append(now() - start)
+        times.append(now(device) - start)
     return min(times)
 
 

@@ -12,13 +12,12 @@ its own, whose peak resident memory is reported; processes of the two backends a
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.clock import now, peak_bytes
 from benchmarks.tables import Table
 
 NUM_RECORDS, MAX_BATCH, CLASSES, IMAGE_SHAPE = 60_000, 30, 10, (1, 28, 28)
@@ -54,19 +53,15 @@ def measure(
     teachers.bind(shards, num_classes=CLASSES, image_shape=IMAGE_SHAPE, device=device, seed=0)
     table = torch.rand(batch * CLASSES, *IMAGE_SHAPE, generator=source).to(device)
     queries = (torch.arange(batch) % CLASSES).to(device)
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
     total = float(num_teachers)  # keeps the rows from being dropped unread
     rounds: list[float] = []
     while len(rounds) < 2 or (sum(rounds) < seconds and len(rounds) < 50):
-        start = clock()
+        start = now(device_name)
         teachers.train(lambda labels: table, step=len(rounds))
         for chunk in teachers.row_chunks(table[:batch], queries):
             total += float(chunk.values[0, 0, 0])
-        rounds.append(clock() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    best = min(rounds)
+        rounds.append(now(device_name) - start)
+    peak, best = peak_bytes(device_name), min(rounds)
     return {"samples_per_s": num_teachers * batch / best, "round_s": best, "peak_bytes": peak, "rounds": len(rounds)}
 
 

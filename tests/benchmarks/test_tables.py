@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import growth, overhead, releases
+from benchmarks import dpsgd, growth, overhead, releases, sinkhorn, teachers
 from benchmarks.tables import Table, conditions, write_between_markers
 from benchmarks.teachers import matmul_seconds
 
@@ -56,6 +56,38 @@ def test_the_command_writes_document_and_numbers(tmp_path, monkeypatch):
     assert command.main(["--only", "speed", "--docs", str(paths[0]), "--json", str(paths[1])]) == 1
     assert "missed" in paths[0].read_text()
     assert json.loads(paths[1].read_text()) == [missed.to_dict()]
+
+
+def test_every_benchmark_runs_on_the_device_that_it_is_given(monkeypatch):
+    seen = []
+    found = {"samples_per_s": 1.0, "step_s": 1.0, "round_s": 1.0, "peak_bytes": 1, "step_bytes": 1}
+
+    def noted(*task, device=None, seconds=0.0):
+        seen.append(device or next(part for part in task if part in ("cpu", "cuda")))
+        return found
+
+    for module in (dpsgd, teachers, sinkhorn):
+        monkeypatch.setattr(module, "measure_apart", noted)
+    for module in (dpsgd, teachers):
+        monkeypatch.setattr(module, "measure", noted)
+    monkeypatch.setattr(teachers, "matmul_seconds", lambda *task: 1.0)
+    monkeypatch.setattr(sinkhorn, "measure_apart", lambda *task: noted(*task) | {"gradient_error": 0.0})
+    monkeypatch.setattr(releases, "measure", lambda *task, **options: noted(**options) and (1.0, 1.0))
+    times = {"alone": [1.0], "framed": [1.0], "clock": [1.0]}
+    monkeypatch.setattr(overhead, "alternating", lambda size, steps, device: noted(device) and times)
+    for run in command.benchmarks_of("cuda").values():
+        seen.clear()
+        assert run(True).device == "cuda"
+        assert set(seen) == {"cuda"}
+
+
+def test_a_device_can_be_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        command, "benchmarks_of", lambda device: {"speed": lambda quick: asked.append(device) or table()}
+    )
+    command.main(["--device", "cpu", "--only", "speed", "--docs", str(tmp_path / "speeds.md")])
+    assert asked == ["cpu"]
 
 
 def test_unknown_benchmarks_are_refused():
