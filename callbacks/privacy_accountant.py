@@ -10,21 +10,19 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_dp.accounting.accountants import would_exceed
-from lightning_dp.accounting.budget_request import DatasetBudgetSettings, RunRequest, needed_by
+from lightning_dp.accounting.budget_member import BudgetMember
+from lightning_dp.accounting.budget_request import DatasetBudgetSettings
 from lightning_dp.accounting.claim import PrivacyClaim
 from lightning_dp.accounting.claiming import claim_from_ledger, spent_epsilon
-from lightning_dp.accounting.composition import Counts
-from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import ledger_plan
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
-from lightning_dp.errors import ConfigurationError, LedgerError, PrivacyProtocolError
+from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks
 
 _logger = logging.getLogger(__name__)
 _SAMPLED_EPSILON_POINTS = 50
-_LEASES = 20  # parts of a plan that are noted in a data set's budget, one by one
 _EPSILON_SHARE = 0.02  # of a run's time, at most, goes into showing epsilon
 
 
@@ -65,9 +63,8 @@ class PrivacyAccountant(pl.Callback):
         self._num_restored = 0
         self._next: tuple[ReleaseEvent, Sampling] | None = None
         self._ranks = ALONE
-        self._reserved: Counts | None = None
-        self._leased = 0
         self._speaks_again_at = 0.0
+        self._member: BudgetMember | None = None
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -122,7 +119,6 @@ class PrivacyAccountant(pl.Callback):
             self._join_dataset(is_new=True)
             return
         self._ledger = PrivacyLedger.reopen(self.ledger_path)
-        self._check_reservation()
         for name, value in {"dataset_budget": None, **header}.items():
             found = self._ledger.header.get(name)
             # Another plan may be carried out; the first one stays in the ledger, and the claim says what became of it.
@@ -135,93 +131,32 @@ class PrivacyAccountant(pl.Callback):
                 )
         self._join_dataset(is_new=False)
 
-    def _check_reservation(self) -> None:
-        own, given = self.ledger.header.get("run_id"), self.dataset_budget.reservation
-        if given not in (None, own):
-            self.ledger.close()
-            raise ConfigurationError(
-                f"The ledger {self.ledger_path} is of the run {own}, got dataset_budget.reservation={given}. Drop it."
-            )
-
     def _join_dataset(self, *, is_new: bool) -> None:
         """Reserve what this run may release; a new run that is refused leaves no ledger behind."""
         if self.dataset_budget.folder is None:
             return
         try:
-            self._reserve()
+            self._member = BudgetMember(
+                self.dataset_budget,
+                self.ledger,
+                num_releases=self._budget.num_releases,
+                next_release=self._next,
+            )
+            self._member.reserve()
         except BaseException:
+            self._member = None
             self.ledger.close()
             if is_new and self.ledger_path is not None:
                 self.ledger_path.unlink()  # empty, and ours: nothing can have been released
             raise
-        self.ledger.on_append(self._lease)
-
-    def _reserve(self) -> None:
-        """Reserve all that this run may release beyond what it holds already."""
-        if self.ledger_path is None:
-            raise ConfigurationError("A run within a data set's budget needs a ledger on disk: give it a ledger_path.")
-        run = str(self.ledger.header["run_id"])
-        self._charge_unseen(run)
-        needed = needed_by(
-            self.ledger,
-            planned=ledger_plan(self.ledger) or {},
-            next_release=self._next,
-            num_releases=self._budget.num_releases,
-        )
-        name = str(self.ledger_path.parent.absolute())
-        request = RunRequest(run=run, name=name, header=self.ledger.header, needed=needed, released=len(self.ledger))
-        self._dataset.reserve(self.dataset_budget, [request])
-        if len(self.ledger):
-            self._note()  # refuses an older copy of the run folder
-        self._reserved = needed
-        state = self._dataset.state()
-        _logger.info(
-            f"Budget of {state.terms.dataset} (epsilon={state.terms.epsilon:g}, delta={state.terms.delta:g}): "
-            f"{100 * min(1.0, state.spent):.3g} % reserved by {len(state.runs)} runs, this one included."
-        )
-
-    @property
-    def _dataset(self) -> DatasetBudget:
-        return DatasetBudget(Path(self.dataset_budget.folder or ""))
-
-    def _note(self, *, has_ended: bool = False) -> None:
-        self._dataset.note(str(self.ledger.header["run_id"]), self.ledger, has_ended=has_ended)
-
-    def _lease(self) -> None:
-        """Note ahead what this process may release, a part of the plan at a time: a kill costs such a part at most."""
-        made = self.ledger.made
-        if made <= self._leased:
-            return
-        planned = self._budget.num_releases
-        upto = max(made, min(made - 1 + max(1, planned // _LEASES), planned - len(self.ledger) + made))
-        self._dataset.lease(str(self.ledger.header["run_id"]), self.ledger, upto)
-        self._leased = upto
-
-    def _charge_unseen(self, run: str) -> None:
-        """Charge what a process that was killed may have released elsewhere, if this is a copy of its folder."""
-        if not len(self.ledger) or not self._dataset.exists():
-            return
-        event, sampling = self._next or next(reversed(self.ledger.counts()))
-        room = sum((ledger_plan(self.ledger) or {}).values()) or self._budget.num_releases
-        for writer, lost in self._dataset.unseen(run, self.ledger).items():
-            if (count := min(lost, room - len(self.ledger))) > 0:
-                self.ledger.charge_lost(writer, event, sampling, count)
-                _logger.info(f"{count} releases that the last process of this run had room to make are charged.")
 
     def _close(self) -> None:
         """Close the ledger; a reservation on which nothing was released goes back, any other stays."""
         if self._ledger is None or self._ledger.path is None:
             return
-        if self._reserved is not None:
-            self._reserved = None
-            try:
-                if len(self._ledger):
-                    self._note(has_ended=True)
-                elif self.dataset_budget.reservation is None:  # a share of a list stays with the list
-                    self._dataset.give_back(str(self._ledger.header["run_id"]), self._ledger)
-            except LedgerError as error:
-                # What is reserved stays reserved, which costs budget and never understates.
-                _logger.warning(f"The reservation of this run stays as it is: {error}")
+        if self._member is not None:
+            self._member.end()
+            self._member = None
         self._ledger.close()
 
     def speak(self) -> None:
@@ -249,10 +184,10 @@ class PrivacyAccountant(pl.Callback):
                 f"delta={self._budget.delta:g}, {self._budget.num_releases} releases). The run ends here."
             )
         key = (event, sampling)
-        if self._reserved is not None and self.ledger.counts().get(key, 0) >= self._reserved.get(key, 0):
+        if self._member is not None and self.ledger.counts().get(key, 0) >= self._member.reserved.get(key, 0):
             raise PrivacyProtocolError(
                 f"The next release was not reserved in the data set's budget {self.dataset_budget.folder}: "
-                f"{self._reserved.get(key, 0)} of its kind were. The run ends here."
+                f"{self._member.reserved.get(key, 0)} of its kind were. The run ends here."
             )
 
     @property
@@ -337,8 +272,8 @@ class PrivacyAccountant(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ledger.merge(state_dict["ledger"])
-        if self._reserved is not None:
-            self._reserve()  # what the checkpoint has spent beyond the file counts here too
+        if self._member is not None:
+            self._member.reserve()  # what the checkpoint has spent beyond the file counts here too
         self._num_found = len(self.ledger)
         self._num_restored = sum(run["count"] for run in state_dict["ledger"]["runs"])
 
