@@ -46,6 +46,14 @@ class AveragedModule(PrivateModule):
         if self.average is not None:
             self.average.network.load_state_dict(self._followed().state_dict())
 
+    def step_optimizer(self) -> None:
+        """Let the one optimizer (and its schedule, if any) step on what was released, and finish the training step."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.step()  # type: ignore[union-attr]
+        if schedule is not None:
+            schedule.step()  # type: ignore[union-attr]
+        self.finish_step()
+
     def finish_step(self, *, with_average: bool = True) -> None:
         """Move the average (if what it follows has moved) and count the step; the last call of a training step."""
         if self.average is not None and with_average:

@@ -189,13 +189,6 @@ class RecordModule(PoissonModule):
         self.assign_released(parameters, self.release(rows, (1, sum(p.numel() for p in parameters))))
         self.step_optimizer()
 
-    def step_optimizer(self) -> None:
-        """Let the one optimizer take a step on what was released, and finish the training step."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr]
-        self.finish_step()
-
 
 def _record_key(insecure_seed: int | None) -> bytes:
     """Return a secret from the operating system; each process has records, and so a key, of its own."""

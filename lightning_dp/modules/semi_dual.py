@@ -122,7 +122,7 @@ class SemiDualSinkhorn(TransportModule):
         )
         own = self.reference(PublicRows(of_others), shape, number=released.number, num_rows=len(labels))
         self.backward_released(points, released.map(lambda of_records: of_records - own))
-        self.follow()
+        self.step_optimizer()
 
     def generated_points(self, purpose: int) -> Tensor:
         """Return generated images of this step as points, (classes, images_per_class, point_dim). Public."""

@@ -140,7 +140,7 @@ class DPSinkhorn(TransportModule):
         rows = self.joint_rows(records, generated[: self.images_per_step], own) if self.ranks.rank == 0 else ()
         released = self.release(rows, self.release_shape)
         self.backward_released(points, self._with_public_part(released, own))
-        self.follow()
+        self.step_optimizer()
 
     def generated_points(self) -> tuple[Tensor, Tensor]:
         """Return the generated images of this step as points, with labels: n compared with records, then k more.

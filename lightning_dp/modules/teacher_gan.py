@@ -280,10 +280,7 @@ class TeacherEnsembleGAN(AveragedModule):
             pushed = self.reference(pushes, shape, number=released.number, num_rows=self.pool_per_class)
             released = released.map(lambda value: value - self.repulsion * pushed)
         self.backward_released(fakes, released.map(lambda value: self.step_size * value))
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr]
-        self.finish_step()
+        self.step_optimizer()
 
     def _pool_rows(self, fakes: Tensor, labels: Tensor) -> Iterator[RowChunk]:
         """Yield the unit vectors from each fake to fresh fakes of its label: public rows."""

@@ -91,10 +91,3 @@ class TransportModule(PoissonModule):
         """Return images in [0, 1] as points of the scale of pixels in [-1, 1]; a shift would change no cost."""
         judged: Tensor = images.flatten(1) if self.basis is None else self.basis(images)
         return 2 * judged.float() if judged.dtype == torch.bfloat16 else 2 * judged
-
-    def follow(self) -> None:
-        """Let the optimizer take its step on what was released, and finish the training step."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr]
-        self.finish_step()
