@@ -108,6 +108,11 @@ class SemiDualSinkhorn(TransportModule):
     # Training --------------------------------------------------------------------------------------------------------
 
     @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._points = None  # another run may have other records: theirs must not be charged to these
+
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
         points = self.generated_points(_LATENT)
         moved = points.detach()

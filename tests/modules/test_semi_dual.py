@@ -132,6 +132,18 @@ class TestSensitivity:
         assert torch.isfinite(module.generator.means).all()
 
 
+def test_points_kept_from_another_start_are_not_taken_for_these_records():
+    """A run that failed before its first release may be followed by one on other records, under another ledger."""
+    module, other = tiny_semi_dual(), tiny_data(images={3: 255})
+    bound(module, tiny_data())
+    module.record_points(BATCH)
+    bound(module, other)
+    module.setup("fit")
+    fresh = tiny_semi_dual()
+    bound(fresh, other)
+    assert torch.equal(module.record_points(BATCH), fresh.record_points(BATCH))
+
+
 class TestTraining:
     def test_the_ledger_holds_poisson_sampling_and_one_bound(self, tmp_path):
         module, accountant = train(tmp_path)
