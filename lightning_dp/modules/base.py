@@ -77,7 +77,9 @@ class PrivateModule(pl.LightningModule, ABC):
         self._session: ReleaseSession | None = None
         self._guard: ReleaseGuard | None = None
         self._facts: PublicFacts | None = None
-        self._absorbed_releases = 0  # saved with the weights: no ledger can forget what they learned from
+        # Saved with the weights: no ledger can forget what they learned from, nor stand in for another one.
+        self._absorbed_releases = 0
+        self._absorbed_writers: dict[str, int] = {}  # by whom they were made: another ledger may hold as many
         self.planned_releases = 0
         self.logs_raw = False
         self.insecure_seed: int | None = None
@@ -224,11 +226,14 @@ class PrivateModule(pl.LightningModule, ABC):
         Raises:
             PrivacyProtocolError: The ledger does not hold all releases that the module has learned from.
         """
-        if len(session.ledger) < self._absorbed_releases:
+        held = session.ledger.writers()
+        lacks_own = any(held.get(writer, 0) < count for writer, count in self._absorbed_writers.items())
+        if len(session.ledger) < self._absorbed_releases or lacks_own:
+            others = " of other processes" if held and lacks_own else ""
             raise PrivacyProtocolError(
                 f"This module has learned from {self._absorbed_releases} releases, but the ledger holds "
-                f"{len(session.ledger)}: its claim would leave some out. Continue with the run's own ledger and an "
-                "unchanged checkpoint, or start from a new module."
+                f"{len(session.ledger)}{others}: its claim would leave some out. Continue with the run's own ledger "
+                "and an unchanged checkpoint, or start from a new module."
             )
         self._session = session
         self._guard = ReleaseGuard(self._released_parameters())
@@ -236,12 +241,13 @@ class PrivateModule(pl.LightningModule, ABC):
             self._guard.watch(optimizer)
 
     @override
-    def get_extra_state(self) -> dict[str, int]:
-        return {"absorbed_releases": self._absorbed_releases}
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"absorbed_releases": self._absorbed_releases, "writers": dict(self._absorbed_writers)}
 
     @override
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         self._absorbed_releases = state["absorbed_releases"]
+        self._absorbed_writers = dict(state.get("writers", {}))
 
     def release(self, chunks: Iterable[RecordChunk], shape: tuple[int, int]) -> Released:
         """Turn private rows into one released value; once per training step.
@@ -257,6 +263,7 @@ class PrivateModule(pl.LightningModule, ABC):
             raise PrivacyProtocolError(_NO_PRIVATIZER)
         released = self._session.release(chunks, shape, self.device)
         self._absorbed_releases += 1
+        self._absorbed_writers = self._session.ledger.writers()
         return released
 
     def reference(self, rows: PublicRows, shape: tuple[int, int], *, number: int, num_rows: int) -> Tensor:

@@ -22,7 +22,7 @@ def delta_of_gaussian(epsilon, mu):
         return mpmath.ncdf(mu / 2 - epsilon / mu) - mpmath.exp(epsilon) * mpmath.ncdf(-mu / 2 - epsilon / mu)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_closed_form_against_sixty_digits(seed):
     stream = np.random.default_rng(seed)
     for _ in range(60):
@@ -36,7 +36,7 @@ def test_closed_form_against_sixty_digits(seed):
         assert delta_of_gaussian(found * (1 + 1e-9) + 1e-9, exact) <= delta * (1 + 1e-9), (mu, count, delta)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one", "replace_special"])
 def test_sampled_runs_against_dp_accounting(relation, seed):
     stream = np.random.default_rng(100 + seed)
@@ -61,7 +61,11 @@ def test_renyi_is_above_an_optimistic_distribution(seed):
     count, delta = int(10 ** stream.uniform(0, 3)), 10 ** -stream.uniform(4, 9)
     run = {(GaussianRelease(noise_std=noise, l2_sensitivity=1.0), Sampling(scheme="poisson", rate=rate)): count}
     below = pld.from_gaussian_mechanism(
-        noise, sampling_prob=rate, pessimistic_estimate=False, use_connect_dots=False, value_discretization_interval=1e-4
+        noise,
+        sampling_prob=rate,
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+        value_discretization_interval=1e-4,
     ).self_compose(count)
     found = compute_epsilon(run, delta=delta, relation="add_or_remove_one", accountant="rdp").epsilon
     assert found >= below.get_epsilon_for_delta(delta)

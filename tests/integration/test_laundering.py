@@ -88,6 +88,21 @@ class TestSecondFit:
             trainer_for(tmp_path, callbacks, steps).fit(module, datamodule=TinyData())
         assert len(PrivacyLedger.read(path)) == 4
 
+    @pytest.mark.parametrize("is_copied", [False, True], ids=["the module", "its weights"])
+    def test_the_ledger_of_another_run_is_not_its_own(self, tmp_path, is_copied):
+        """It holds as many releases as the module learned from; the broken version compares numbers alone."""
+        first, other = tiny_gan(), tmp_path / "other.jsonl"
+        privacy = {"target_epsilon": None, "noise_multiplier": 5.0}
+        trainer_for(tmp_path, callbacks_for(**privacy), 2).fit(first, datamodule=TinyData())
+        trainer_for(tmp_path, callbacks_for(ledger_path=other, **privacy), 3).fit(tiny_gan(), datamodule=TinyData())
+        module = first
+        if is_copied:
+            module = tiny_gan()
+            module.load_state_dict(first.state_dict())
+        trainer = trainer_for(tmp_path, callbacks_for(ledger_path=other, **privacy), 5)
+        with pytest.raises(PrivacyProtocolError, match="3 of other processes"):
+            trainer.fit(module, datamodule=TinyData())
+
     def test_the_number_is_saved_with_the_weights(self, tmp_path):
         """Whatever a method does in its own checkpoint hooks."""
         module, path = tiny_gan(), tmp_path / "ledger.jsonl"
