@@ -164,6 +164,47 @@ class ImageFolder(ImageDataModule):
         return ImageSplits(**found)
 
 
+def read_samples(path: Path, image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Return images, uint8 (N, C, H, W), and labels, int64 (N,), that any program made.
+
+    Args:
+        path: An .npz file with images and labels, or a folder of image files per class; classes in the order of their
+            names are the labels 0, 1, ...
+        image_shape: (C, H, W) that is expected; files of a folder are turned into it.
+
+    Raises:
+        DataError: Neither is there, or what is there is something else.
+    """
+    if path.is_dir():
+        classes = _folders(path)
+        files = [
+            (file, label)
+            for label, name in enumerate(classes)
+            for file in sorted((path / name).iterdir())
+            if file.suffix.lower() in SUFFIXES
+        ]
+        if not files:
+            raise DataError(
+                f"Expected image files in {path}/CLASS, found none. Give the folder that holds the classes."
+            )
+        images = torch.from_numpy(np.stack([_decode(file, image_shape) for file, _ in files]))
+        return images, torch.tensor([label for _, label in files])
+    if not path.is_file():
+        raise DataError(
+            f"Expected samples, an .npz file or a folder per class, found nothing at {path}. Mend the path."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found, numbers = arrays["images"], arrays["labels"]
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"Expected the arrays images and labels in {path}, got: {_plain(error)}. Save them.") from None
+    if found.dtype != np.uint8 or _image_shape(found.shape, "images", path) != image_shape:
+        raise DataError(f"Expected uint8 images of {image_shape} in {path}, got {found.dtype} {found.shape[1:]}.")
+    if numbers.shape != found.shape[:1] or not len(numbers) or not np.issubdtype(numbers.dtype, np.integer):
+        raise DataError(f"Expected {len(found)} whole labels in {path}, got {numbers.dtype} of shape {numbers.shape}.")
+    return torch.from_numpy(_channels_first(found)), torch.from_numpy(numbers.astype(np.int64))
+
+
 def _check_num_classes(num_classes: int) -> None:
     if num_classes < 1:
         raise ConfigurationError(f"Expected data.num_classes >= 1, got num_classes={num_classes}.")

@@ -21,6 +21,7 @@ USAGE = """lightning-dp: differentially private generative models on PyTorch Lig
   lightning-dp fit --config FILE [flags]     train a private generator under a stated budget
   lightning-dp sample RUN --num 10000        draw samples of a run's released generator
   lightning-dp evaluate RUN                  judge them against the real test split
+  lightning-dp evaluate FILE --data NAME     judge samples that another program made (.npz, or a folder per class)
   lightning-dp account RUN [--delta D]       recompute epsilon from the ledger alone
   lightning-dp account --dataset DIR         what all runs within one data set's budget may spend together
   lightning-dp audit mechanism NAME | method FILE | RUN   try to break a claim: empirical lower bounds on epsilon

@@ -83,6 +83,10 @@ def evaluate(arguments: list[str]) -> int:
     """Judge fresh samples of a released generator against the real test split."""
     from rich.console import Console
 
+    from lightning_dp.cli.judging import evaluate_files, is_about_files
+
+    if is_about_files(arguments):
+        return evaluate_files(arguments)
     from lightning_dp.evaluation.protocol import EvaluationProtocol, evaluate_samples
     from lightning_dp.evaluation.report import metrics_table, read_run_card
     from lightning_dp.modules.published import load_generator
@@ -90,7 +94,7 @@ def evaluate(arguments: list[str]) -> int:
     parser = ArgumentParser(
         prog="lightning-dp evaluate", exit_on_error=False, allow_abbrev=False, description=evaluate.__doc__
     )
-    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("run", type=str, help="Run folder (or samples of another program, with --data NAME).")
     parser.add_class_arguments(EvaluationProtocol, "evaluation", help="As in the run, unless a flag says otherwise.")
     parser.add_argument("--root", type=str | None, default=None, help="Data root (default: as in the run).")
     parser.add_argument("--seed", type=int, default=1, help="Seed of the samples.")

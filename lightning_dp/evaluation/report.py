@@ -206,6 +206,21 @@ def metrics_table(card: RunCard | Mapping[str, Any]) -> Table:
     return table
 
 
+def quality_table(title: str, evaluation: Mapping[str, Any]) -> Table:
+    """Return a table of quality alone, for samples of which no claim is known.
+
+    Args:
+        title: What was judged.
+        evaluation: `EvaluationResult.to_dict`.
+    """
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    table.add_column("what", style="bold", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for name, value in [("privacy", "not known: no claim comes with these samples"), *_quality_rows(evaluation)]:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
 def _claim_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     claim = values["claim"]
     if is_proved(claim):

@@ -233,3 +233,18 @@ class TestAccount:
         assert outcome.code == 1
         assert "DIFFERS" in outcome.out
         assert json.loads(cli("account", run_copy, "--json").out)["agrees_with_run"] is False
+
+
+def test_samples_of_another_program_are_judged_under_the_same_protocol(cli, tmp_path):
+    digits = EmbeddedDigits()
+    digits.setup()
+    images, labels = digits.train_images[:40].numpy(), digits.train_labels[:40].numpy()
+    np.savez(tmp_path / "theirs.npz", images=images[:, 0], labels=labels)
+    flags = ["--data", "EmbeddedDigits", "--evaluation.classifiers", "[logistic]", "--json"]
+    outcome = cli("evaluate", tmp_path / "theirs.npz", *flags)
+    assert outcome.code == 0, outcome.err
+    judged = json.loads(outcome.out)
+    assert judged["num_samples"] == 40  # as many as there are, unless a number is asked for
+    assert judged["accuracy"]["logistic"] > 0.4
+    np.savez(tmp_path / "theirs.npz", images=images[:, 0], labels=labels + 1)
+    assert "labels 0..9" in cli("evaluate", tmp_path / "theirs.npz", *flags).error()

@@ -273,6 +273,8 @@ COMMANDS = {
     "fit of nothing": (["fit"], ["Missing", "--config FILE", "configuration"]),
     "no configuration": (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml", "configs/experiment"]),
     "configuration is a folder": (["fit", "--config", "."], ["configuration file", "configs/experiment"]),
+    "samples nowhere": (["evaluate", "nowhere.npz", "--data", "EmbeddedDigits"], ["nothing at nowhere.npz"]),
+    "samples against nothing": (["evaluate", "x", "--data", "EmbedDigits"], ["Did you mean EmbeddedDigits?"]),
     "sample": (["sample", "."], ["generator.json", "folder of a run"]),
     "sample nowhere": (["sample", "nowhere"], ["nowhere/release/generator.json", "folder of a run"]),
     "sample of nothing": (["sample"], ["Missing: run"]),

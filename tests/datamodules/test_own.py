@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from datamodules import ImageFolder, NpzImages
+from datamodules.own import read_samples
 from lightning_dp.errors import ConfigurationError, DataError
 
 NUM_TRAIN, NUM_TEST, CLASSES = 12, 6, 3
@@ -200,3 +201,39 @@ def test_a_split_without_files(tmp_path):
         path.unlink()
     with pytest.raises(DataError, match="Expected image files"):
         ImageFolder(str(tmp_path), image_shape=(1, 8, 9))
+
+
+# Samples of another program -------------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_folder_and_of_a_file_are_the_same(tmp_path):
+    values = write_folder(tmp_path / "mine")
+    images, labels = read_samples(tmp_path / "mine" / "train", (1, 8, 9))
+    assert images.shape == (NUM_TRAIN, 1, 8, 9)
+    np.savez(tmp_path / "s.npz", images=images.numpy(), labels=labels.numpy())
+    again, numbers = read_samples(tmp_path / "s.npz", (1, 8, 9))
+    assert torch.equal(images, again)
+    assert labels.tolist() == numbers.tolist() == sorted(values["train_labels"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": np.zeros((2, 8, 9), np.uint8)}, "the arrays images and labels"),
+        ({"images": np.zeros((2, 8, 9)), "labels": np.zeros(2, int)}, "Expected uint8 images of"),
+        ({"images": np.zeros((2, 9, 9), np.uint8), "labels": np.zeros(2, int)}, "Expected uint8 images of"),
+        ({"images": np.zeros((2, 8, 9), np.uint8), "labels": np.zeros(3, int)}, "Expected 2 whole labels"),
+        ({"images": np.zeros((2, 8, 9), np.uint8), "labels": np.zeros(2)}, "Expected 2 whole labels"),
+    ],
+)
+def test_samples_of_another_kind(tmp_path, arrays, message):
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        read_samples(tmp_path / "s.npz", (1, 8, 9))
+
+
+def test_samples_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match="found nothing at"):
+        read_samples(tmp_path / "nowhere", (1, 8, 9))
+    with pytest.raises(DataError, match=r"image files in .*/CLASS, found none"):
+        read_samples(tmp_path, (1, 8, 9))
