@@ -18,6 +18,13 @@ _TYPE_WORDS = {
     "tuple": "a list",
 }
 _LONGEST = 400
+# What Opacus and others call a setting that is the method's own here, and so in no list of flags.
+_OTHER_NAMES = {
+    "gradients": "model.gradients",
+    "grad_sample_mode": "model.gradients",
+    "max_physical_batch": "model.chunk_size",
+    "max_physical_batch_size": "model.chunk_size",
+}
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
@@ -277,6 +284,9 @@ def _choices(known: list[str]) -> str:
 
 def _nearest_flag(word: str, flags: list[str]) -> str:
     name = word.lstrip("-").partition("=")[0]
+    known_as = _OTHER_NAMES.get(name.rpartition(".")[2])
+    if known_as and "model" in flags:
+        return f" Did you mean --{known_as}?"
     if "." not in name:
         # Somebody who writes --epsilon means one of the flags that end so; letters alone are nearer to other flags.
         # Nobody who writes --seed means known noise, and --batch_size is the method's rather than that of judging.

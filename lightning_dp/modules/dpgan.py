@@ -54,8 +54,9 @@ class DPGAN(RecordModule):
         generator_learning_rate: Adam's learning rate for the generator; null takes that of the critic.
         betas: Adam's betas for both.
         ema_decay: Decay of the moving average of the generator that is released; 0 releases the last iterate.
-        chunk_size: Records whose gradients are held at a time; null fits it to cache and memory.
-        gradients: functorch, materialize, ghost, or auto for the fastest of them (see `GradientSource`); speed only.
+        chunk_size: Records whose gradients are held at a time (the physical batch); null fits it to cache and memory.
+        gradients: How per-record gradients are made: functorch differentiates record by record, materialize forms a row
+            for each, ghost forms norms and sums without rows where it can, auto is the fastest; speed and memory only.
         public_seed: Seed of latents and labels; not of the noise, nor of the sampling.
 
     Raises:

@@ -44,8 +44,9 @@ class DPSGDClassifier(RecordModule):
         momentum: Of sgd, in [0, 1).
         final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
         ema_decay: Decay of the moving average that is released; 0 releases the last iterate.
-        chunk_size: Records whose gradients are held at a time; null fits it to cache and memory.
-        gradients: functorch, materialize, ghost, or auto for the fastest of them (see `GradientSource`); speed only.
+        chunk_size: Records whose gradients are held at a time (the physical batch); null fits it to cache and memory.
+        gradients: How per-record gradients are made: functorch differentiates record by record, materialize forms a row
+            for each, ghost forms norms and sums without rows where it can, auto is the fastest; speed and memory only.
         public_seed: See `PoissonModule`.
 
     Raises:

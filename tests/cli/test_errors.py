@@ -54,6 +54,8 @@ MISTAKES = {
     "nested option": (["--model.generator.widht", "3"], ["of DCTGenerator", "Did you mean width?"]),
     "flag": (["--mechanizm", "TopAgg"], ["Unknown flag --mechanizm", "Did you mean --mechanism?"]),
     "flag of a group": (["--privacy.epsilon", "3"], ["Did you mean --privacy.target_epsilon?"]),
+    "the way of gradients": (["--privacy.gradients", "ghost"], ["Did you mean --model.gradients?"]),
+    "a physical batch": (["--privacy.max_physical_batch=64"], ["Did you mean --model.chunk_size?"]),
     "shortened flag": (["--privacy.target_eps", "3"], ["Unknown flag", "Did you mean --privacy.target_epsilon?"]),
     "help of nothing": (["--mechanism.help", "TopAg"], ["Unknown --mechanism 'TopAg'", "Did you mean TopAgg?"]),
     "flag without its group": (["--epsilon", "3"], ["mean --privacy.target_epsilon or --dataset_budget.epsilon?"]),
