@@ -16,7 +16,7 @@ from lightning_dp.networks.generator import Generator
 _GAIN = 4.0
 
 # Pixels are kept so far from 0 and 1 before their logits are taken: black ones would dominate every moment.
-_PIXEL_MARGIN = 0.1
+_PIXEL_MARGIN = 0.01
 
 
 class DCTGenerator(Generator):
