@@ -313,6 +313,17 @@ class Tuning:
             shutil.rmtree(self.private)
 
 
+def delete_leftovers(folder: Path) -> None:
+    """Delete the draws that a crash left behind after the best of them was published.
+
+    Args:
+        folder: The selection's folder.
+    """
+    is_random = any(event.kind == "selection" for event, _ in PrivacyLedger.read(folder / LEDGER_FILE).counts())
+    if is_random and (folder / PRIVATE_FOLDER).exists():
+        shutil.rmtree(folder / PRIVATE_FOLDER)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """The best run of a selection.

@@ -58,7 +58,7 @@ def _select(options: Any) -> int:
     from lightning_dp.benchmark.grid_file import load_grid
     from lightning_dp.benchmark.score import Score
     from lightning_dp.benchmark.selection import Selection
-    from lightning_dp.benchmark.tuning import Tuning
+    from lightning_dp.benchmark.tuning import Tuning, delete_leftovers
     from lightning_dp.cli import plugins  # noqa: F401  (names in configurations)
     from lightning_dp.cli.planning import plan_request
     from lightning_dp.evaluation.report import JSON_NAME
@@ -67,6 +67,7 @@ def _select(options: Any) -> int:
     chosen = Selection(only=options.only, seeds=options.seeds)
     folder = Path(options.out) if options.out else Path("runs") / "select" / grid.name
     if (folder / JSON_NAME).exists():
+        delete_leftovers(folder)
         raise ConfigurationError(f"{folder} holds what was selected before. Another selection needs another --out.")
     cpus = available_cpus()
     jobs = cpus if options.jobs is None else checked_jobs(options.jobs)
