@@ -118,9 +118,9 @@ class TestEvaluation:
 
     @pytest.mark.parametrize("every", [0, -1])
     def test_how_often_is_checked(self, every):
-        with pytest.raises(ConfigurationError, match="every_n_releases >= 1"):
+        with pytest.raises(ConfigurationError, match="evaluate_every >= 1"):
             EvaluateGenerator(every_n_releases=every)
-        with pytest.raises(ConfigurationError, match="every_n_releases >= 1"):
+        with pytest.raises(ConfigurationError, match="evaluate_every >= 1"):
             SampleGrid(path="x.png", every_n_releases=every)
 
     def test_the_grid_is_a_picture_of_every_class(self, tmp_path):
