@@ -54,7 +54,7 @@ class GNMax(Mechanism):
         threshold: Share of the public number of rows that the largest count must reach, in [0, 1].
         threshold_noise_ratio: r, std of the noise on the largest count over that on the counts, > 0. Null tests the
             noisy counts themselves, which costs nothing more (their largest is biased upwards, by 1.54 std of ten).
-        noise: As for `TopAgg`; whole numbers are steps of 1 / r, so r has to be whole.
+        noise: As for `TopAgg`; whole numbers are steps of 1 / r, so r has to be whole, or noise gaussian.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -74,7 +74,7 @@ class GNMax(Mechanism):
         max_value: float = 1e-4,
         threshold: float = 0.5,
         threshold_noise_ratio: float | None = 3.0,
-        noise: NoiseLaw = "gaussian",
+        noise: NoiseLaw = "rounded_gaussian",
     ) -> None:
         for name, count, least in (("num_projections", num_projections, 1), ("num_bins", num_bins, 2)):
             if count < least:
@@ -91,7 +91,7 @@ class GNMax(Mechanism):
         if noise != "gaussian" and ratio is not None and not float(ratio).is_integer():
             raise ConfigurationError(
                 f"mechanism.noise={noise} needs a whole mechanism.threshold_noise_ratio (or null), got "
-                f"threshold_noise_ratio={ratio}."
+                f"threshold_noise_ratio={ratio}. Round it, or set mechanism.noise to gaussian."
             )
         self.noise = noise
         self.num_projections = num_projections

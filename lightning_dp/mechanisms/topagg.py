@@ -43,9 +43,9 @@ class TopAgg(Mechanism):
         threshold: beta, as a fraction of the public number of rows, in [0, 1).
         charge: gaussian charges the noisy vote vector; ternary charges only the thresholded one, which costs less
             (its Renyi curve is computed exactly) and needs output ternary.
-        noise: gaussian is drawn in floating point. rounded_gaussian and discrete_gaussian are whole numbers, as votes
-            are, and drawn exactly, so that nothing is lost to rounding. The first costs what gaussian costs; the second
-            has no exact curve, which costs 6 to 10 % of noise, and none for charge ternary.
+        noise: rounded_gaussian and discrete_gaussian are whole numbers, as votes are, and drawn exactly, so that
+            nothing is lost to rounding. The first costs what gaussian costs, which is drawn in floating point; the
+            second has no exact curve, which costs 6 to 10 % of noise, and none for charge ternary.
 
     Raises:
         ConfigurationError: An option is out of range or would be ignored.
@@ -64,7 +64,7 @@ class TopAgg(Mechanism):
         output: Literal["ternary", "votes"] = "ternary",
         threshold: float = 0.0,
         charge: Literal["gaussian", "ternary"] = "gaussian",
-        noise: NoiseLaw = "gaussian",
+        noise: NoiseLaw = "rounded_gaussian",
     ) -> None:
         if top_k is not None and top_k < 1:
             raise ConfigurationError(f"Expected mechanism.top_k >= 1 (or null), got top_k={top_k}.")

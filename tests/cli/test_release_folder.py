@@ -33,14 +33,14 @@ def trained(tmp_path_factory):
     """A run whose teachers have parameters and optimizer states, and the noise secrets it used."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     secrets = []
-    draw = NoiseSource.gaussian
+    draw = NoiseSource.whole
 
     def spying(self, *args, **options):
         secrets.append(self.export_secret())
         return draw(self, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NoiseSource, "gaussian", spying)
+        patch.setattr(NoiseSource, "whole", spying)
         flags = ["fit", "--config", str(TINY), "--run_dir", str(folder), *WITH_TRAINED_TEACHERS]
         assert main(flags) == 0
     return folder, set(secrets)

@@ -61,20 +61,19 @@ def attempt(run: Path, budget: Path, pipe: int, broken: str) -> None:
 
 def _report_through(pipe: int) -> None:
     """Tell of every draw of noise, and of every value before anything can use it."""
-    release, gaussian = ReleaseSession.release, NoiseSource.gaussian
+    release, whole = ReleaseSession.release, NoiseSource.whole
 
     def told_release(self: Any, *arguments: Any, **options: Any) -> Any:
         released = release(self, *arguments, **options)
         os.write(pipe, f"R {released.number}\n".encode())
         return released
 
-    def told_gaussian(self: Any, *arguments: Any, **options: Any) -> Any:
-        noise = gaussian(self, *arguments, **options)
-        unit = noise / options["std"]
-        os.write(pipe, f"N {hashlib.sha256(unit.numpy().tobytes()).hexdigest()[:32]}\n".encode())
+    def told_whole(self: Any, *arguments: Any, **options: Any) -> Any:
+        noise = whole(self, *arguments, **options)
+        os.write(pipe, f"N {hashlib.sha256(noise.numpy().tobytes()).hexdigest()[:32]}\n".encode())
         return noise
 
-    ReleaseSession.release, NoiseSource.gaussian = told_release, told_gaussian  # type: ignore[method-assign]
+    ReleaseSession.release, NoiseSource.whole = told_release, told_whole  # type: ignore[method-assign]
 
 
 def _charge_late() -> None:

@@ -192,8 +192,8 @@ def test_a_disk_that_fills_up_during_training_ends_the_run_before_the_noise(tmp_
                 raise OSError(28, "No space left on device")
         return real_write(descriptor, data)
 
-    gaussian = NoiseSource.gaussian
-    monkeypatch.setattr(NoiseSource, "gaussian", lambda *a, **k: (drawn.append(1), gaussian(*a, **k))[1])
+    whole = NoiseSource.whole
+    monkeypatch.setattr(NoiseSource, "whole", lambda *a, **k: (drawn.append(1), whole(*a, **k))[1])
     with monkeypatch.context() as patch:
         patch.setattr(ledger_file.os, "write", filling)
         with pytest.raises(LedgerError, match=r"No space left on device\); nothing was released"):
@@ -281,15 +281,15 @@ def test_a_teacher_that_fails_ends_the_run_charged(tmp_path):
             raise RuntimeError("teacher 7 ran out of memory")
         return make_rows(self, basis)
 
-    gaussian = NoiseSource.gaussian
+    whole = NoiseSource.whole
 
     def noted(*arguments, **options):
         released.append(1)
-        return gaussian(*arguments, **options)
+        return whole(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DirectionChunk, "_rows", failing)
-        patch.setattr(NoiseSource, "gaussian", noted)
+        patch.setattr(NoiseSource, "whole", noted)
         with pytest.raises(RuntimeError, match="teacher 7"):
             trainer_for(tmp_path, callbacks, 5).fit(tiny_gan(), datamodule=TinyData())
     assert len(released) == 2

@@ -112,3 +112,14 @@ class TestSecondFit:
         copied.load_state_dict(module.state_dict())
         with pytest.raises((PrivacyProtocolError, ConfigurationError), match="learned from 3 releases"):
             trainer_for(tmp_path, callbacks_for(), 3).fit(copied, datamodule=TinyData())
+
+    def test_another_law_of_noise_is_refused(self, fit, tmp_path):
+        """A run begun under another default keeps its epsilon, with the noise that it was planned with."""
+        old = tmp_path / "old"
+        floating = ("--mechanism.noise", "gaussian")
+        assert fit(*SHORT, "--run_dir", old, *floating).code == 0
+        outcome = fit(*LONG, "--run_dir", old, "--ckpt_path", "last")
+        assert outcome.code == 2
+        assert "noise='gaussian', now noise='rounded_gaussian'" in outcome.err
+        assert fit(*SHORT, "--run_dir", old, "--ckpt_path", "last", *floating).code == 0
+        assert read_json(old / "claim.json")["level"] == "PROVED"

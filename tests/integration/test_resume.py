@@ -54,14 +54,14 @@ def stop_at(monkeypatch):
 def drawn(monkeypatch):
     """Noise of every release as it is drawn, [(release number, noise)]."""
     seen: list[tuple[int, Tensor]] = []
-    draw = NoiseSource.gaussian
+    draw = NoiseSource.whole
 
-    def spying(self, shape, *, std, release_number, leaf="noise"):
-        noise = draw(self, shape, std=std, release_number=release_number, leaf=leaf)
-        seen.append((release_number, noise / std))
+    def spying(self, law, shape, *, scale, release_number, leaf="noise"):
+        noise = draw(self, law, shape, scale=scale, release_number=release_number, leaf=leaf)
+        seen.append((release_number, noise))
         return noise
 
-    monkeypatch.setattr(NoiseSource, "gaussian", spying)
+    monkeypatch.setattr(NoiseSource, "whole", spying)
     return seen
 
 

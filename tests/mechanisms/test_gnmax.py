@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lightning_dp.accounting import Sampling, calibrate_noise_multiplier, compute_epsilon, max_releases, paper_epsilon
-from lightning_dp.accounting.events import GaussianRelease
+from lightning_dp.accounting.events import RoundedGaussianRelease
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
 from lightning_dp.mechanisms.gnmax import GNMax, _row_bits, public_normals, public_projections
@@ -27,7 +27,9 @@ class TestGNMaxPaper(MechanismContract):
 
 class TestGNMaxOddBins(MechanismContract):
     def make(self):
-        return GNMax(num_projections=3, num_bins=7, max_value=2.0, threshold=0.0, threshold_noise_ratio=0.5)
+        return GNMax(
+            num_projections=3, num_bins=7, max_value=2.0, threshold=0.0, threshold_noise_ratio=0.5, noise="gaussian"
+        )
 
 
 class TestGNMaxTestOnTheNoisyCounts(MechanismContract):
@@ -37,12 +39,13 @@ class TestGNMaxTestOnTheNoisyCounts(MechanismContract):
 
 def test_exact_noise_needs_a_whole_ratio():
     with pytest.raises(ConfigurationError, match="needs a whole"):
-        GNMax(threshold_noise_ratio=2.5, noise="rounded_gaussian")
+        GNMax(threshold_noise_ratio=2.5)
+    GNMax(threshold_noise_ratio=2.5, noise="gaussian")
 
 
-class TestGNMaxRounded(MechanismContract):
+class TestGNMaxFloatingPoint(MechanismContract):
     def make(self):
-        return GNMax(max_value=0.5, noise="rounded_gaussian")
+        return GNMax(max_value=0.5, noise="gaussian")
 
 
 class TestGNMaxDiscreteOnTheNoisyCounts(MechanismContract):
@@ -192,7 +195,7 @@ class TestPrice:
         noise_multiplier = counts_std / math.sqrt(images * 10 * (2 + (counts_std / test_std) ** 2))
         plan = ReleasePlan(spec=spec, relation=REPLACE, noise_multiplier=noise_multiplier)
         event = mechanism.step_event(plan)
-        assert type(event) is GaussianRelease
+        assert type(event) is RoundedGaussianRelease
         assert event.noise_std == pytest.approx(counts_std)
         per_query = 1 / test_std**2 + 2 / counts_std**2
         assert event.mu**2 == pytest.approx(images * 10 * per_query)
@@ -282,7 +285,7 @@ class TestClassWiseSensitivity:
     def test_alternatives_of_each_relation(self):
         """q m (2 + 1/r^2) for a changed row, q m (1 + 1/r^2) for one that appears; squares add over rows."""
         make, common = ContributionSpec.class_wise_teachers, {"num_classes": 3, "images_per_class": 2, "vector_dim": 5}
-        mechanism = GNMax(num_projections=4, threshold_noise_ratio=0.5)  # 1 / r^2 = 4
+        mechanism = GNMax(num_projections=4, threshold_noise_ratio=0.5, noise="gaussian")  # 1 / r^2 = 4
         shared = make(num_teachers=3, single_record=False, **common)
         single = make(num_teachers=3, single_record=True, **common)
         assert mechanism.l2_sensitivity(shared, REPLACE) ** 2 == pytest.approx(2 * 8 * 6)
@@ -292,7 +295,7 @@ class TestClassWiseSensitivity:
 
     def test_the_worst_case_is_reached_and_a_forgotten_maximum_is_caught(self):
         """One vote moved into the leading bin of another: sqrt(2 + 1/r^2), above the sqrt 2 of the counts alone."""
-        mechanism, spec = GNMax(num_projections=1, num_bins=3, threshold_noise_ratio=0.5), teachers()
+        mechanism, spec = GNMax(num_projections=1, num_bins=3, threshold_noise_ratio=0.5, noise="gaussian"), teachers()
         votes = torch.eye(3, dtype=torch.float64)
         others = 5 * votes[0]
         moved = mechanism.measure(others + votes[0], spec) - mechanism.measure(others + votes[1], spec)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_dp.accounting.events import GaussianRelease, RoundedTernaryRelease, TernaryRelease
+from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.events import RoundedGaussianRelease, RoundedTernaryRelease, Sampling, TernaryRelease
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
@@ -39,9 +40,9 @@ class TestTopAggRotatedDense(MechanismContract):
         return TopAgg(top_k=16, rotate=True, output="votes")
 
 
-class TestTopAggRoundedGaussian(MechanismContract):
+class TestTopAggFloatingPoint(MechanismContract):
     def make(self):
-        return TopAgg(top_k=5, output="votes", noise="rounded_gaussian")
+        return TopAgg(top_k=5, output="votes", noise="gaussian")
 
 
 class TestTopAggDiscreteGaussian(MechanismContract):
@@ -203,16 +204,28 @@ class TestTernaryCharge:
         return ReleasePlan(spec=spec, relation=relation, noise_multiplier=std)
 
     def test_event_counts_the_coordinates_that_a_neighbour_moves(self):
-        mechanism = TopAgg(top_k=200, threshold=0.7, charge="ternary")
+        mechanism = TopAgg(top_k=200, threshold=0.7, charge="ternary", noise="gaussian")
         event = mechanism.step_event(self.plan(mechanism))
-        assert isinstance(event, TernaryRelease)
+        assert type(event) is TernaryRelease
         assert event.threshold == pytest.approx(2800)
         assert event.max_abs_vote == 4000
         assert set(event.changes) == {(3000, 0), (0, 6000)}
 
     def test_gaussian_charge_is_the_default(self):
         mechanism = TopAgg(top_k=200, threshold=0.7)
-        assert type(mechanism.step_event(self.plan(mechanism))) is GaussianRelease
+        assert type(mechanism.step_event(self.plan(mechanism))) is RoundedGaussianRelease
+
+    def test_noise_is_drawn_in_whole_votes_unless_told_otherwise(self):
+        """At the price of the Gaussian, to the last bit."""
+        plan = self.plan(TopAgg(top_k=200))
+        exact, floating = (TopAgg(top_k=200, **chosen).step_event(plan) for chosen in ({}, {"noise": "gaussian"}))
+        assert (exact.is_exact, floating.is_exact) == (True, False)
+        assert (exact.noise_std, exact.l2_sensitivity) == (floating.noise_std, floating.l2_sensitivity)
+        epsilons = [
+            compute_epsilon({(event, Sampling(scheme="full")): 100}, delta=1e-5, relation=REPLACE).epsilon
+            for event in (exact, floating)
+        ]
+        assert epsilons[0] == epsilons[1]
 
     def test_only_the_ternary_vector_leaves(self):
         mechanism = TopAgg(top_k=200, threshold=0.7, charge="ternary")

@@ -206,16 +206,16 @@ class TestOrderOfTheLedger:
         original = ReleaseSession.release
 
         def spying_release(self, *args):
-            draw = self._noise.gaussian
+            draw = self._noise.whole
             object.__setattr__(
                 self._noise,
-                "gaussian",
+                "whole",
                 lambda *a, **k: lines_at_noise.append(len(path.read_text().splitlines())) or draw(*a, **k),
             )
             try:
                 return original(self, *args)
             finally:
-                object.__setattr__(self._noise, "gaussian", draw)
+                object.__setattr__(self._noise, "whole", draw)
 
         monkeypatch.setattr(ReleaseSession, "release", spying_release)
         fit(tmp_path, tiny_gan(), callbacks=callbacks_for(ledger_path=path))
