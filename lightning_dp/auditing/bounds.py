@@ -8,6 +8,7 @@ refute a claim.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from dp_accounting import NeighboringRelation, get_epsilon_gaussian
@@ -16,6 +17,7 @@ from scipy import stats
 
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.composition import Counts
+from lightning_dp.accounting.events import ReleaseEvent, Sampling
 
 PROFILE_DELTAS = (0.5, 0.2, 0.05, 1e-2, 1e-3, 1e-4)
 """Where a claim is tested beside its own delta: the whole curve was claimed, and most of it can be seen in few runs."""
@@ -23,6 +25,8 @@ PROFILE_DELTAS = (0.5, 0.2, 0.05, 1e-2, 1e-3, 1e-4)
 FINE_DELTAS = (*(0.02 * step for step in range(1, 46)), 1e-3, 1e-4)
 """The same where nothing is sampled, and a point costs nothing."""
 
+_CHOOSING = 0.999  # of the limits by which a threshold is chosen: a few lucky trials far out must not win
+_FEW_SCORES = 20_000  # as many thresholds can be tried one by one
 _LARGEST_MU = 1e3  # beyond it the closed form of the Gaussian leaves the floats
 _SMALLEST_MU = 1e-6
 
@@ -53,9 +57,7 @@ class Errors:
 
     def epsilon(self, *, delta: float, confidence: float) -> float:
         """Return a lower bound on epsilon at `delta`, of whatever mechanism."""
-        a, b = self.upper(confidence)
-        ways = [((1 - b - delta), a), ((1 - a - delta), b)]
-        return max(0.0, *(math.log(power / rate) for power, rate in ways if power > 0 and rate > 0))
+        return epsilon_of_rates(*self.upper(confidence), delta)
 
     def mu(self, *, confidence: float) -> float:
         """Return a lower bound on mu of a mechanism that is mu-GDP with the best mu."""
@@ -63,7 +65,13 @@ class Errors:
         return max(0.0, float(stats.norm.isf(a) - stats.norm.ppf(b)))
 
 
-def clopper_pearson_upper(count: int, num: int, alpha: float) -> float:
+def epsilon_of_rates(a: float, b: float, delta: float) -> float:
+    """Return the epsilon that limits a and b of both error rates force on whatever mechanism, at delta."""
+    ways = [((1 - b - delta), a), ((1 - a - delta), b)]
+    return max(0.0, *(math.log(power / rate) for power, rate in ways if power > 0 and rate > 0))
+
+
+def clopper_pearson_upper(count: float, num: int, alpha: float) -> float:
     """Return an upper limit of a rate, of which `count` of `num` trials were seen; wrong with chance alpha at most."""
     return 1.0 if count >= num else float(stats.beta.ppf(1 - alpha, count + 1, num - count))
 
@@ -97,14 +105,22 @@ def tail_errors(without: NDArray[np.float64], with_it: NDArray[np.float64], *, d
         delta: At which epsilon is bounded.
     """
     first, second = np.sort(without[: len(without) // 2]), np.sort(with_it[: len(with_it) // 2])
-    candidates = np.unique(np.concatenate([first, second]))
+    candidates = _thresholds(np.unique(np.concatenate([first, second])))
     positives = len(first) - np.searchsorted(first, candidates, side="right")
     negatives = np.searchsorted(second, candidates, side="right")
     with np.errstate(invalid="ignore", divide="ignore"):
-        a = stats.beta.ppf(0.975, positives + 1, np.maximum(len(first) - positives, 1e-9))
-        b = stats.beta.ppf(0.975, negatives + 1, np.maximum(len(second) - negatives, 1e-9))
+        a = stats.beta.ppf(_CHOOSING, positives + 1, np.maximum(len(first) - positives, 1e-9))
+        b = stats.beta.ppf(_CHOOSING, negatives + 1, np.maximum(len(second) - negatives, 1e-9))
         gains = np.fmax(np.log((1 - b - delta) / a), np.log((1 - a - delta) / b))
     return _errors_at(float(candidates[int(np.nanargmax(gains))]), without, with_it)
+
+
+def _thresholds(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return all of few sorted scores; of many, those at ranks that grow in steps of 2 % from either end."""
+    if len(scores) <= _FEW_SCORES:
+        return scores
+    ranks = np.unique(np.geomspace(1, len(scores), 500).astype(np.int64))
+    return scores[np.unique(np.concatenate([ranks - 1, len(scores) - ranks]))]
 
 
 def _errors_at(threshold: float, without: NDArray[np.float64], with_it: NDArray[np.float64]) -> Errors:
@@ -136,7 +152,16 @@ def privacy_profile(
     if deltas is None:
         is_sampled = any(sampling.rate < 1 for _, sampling in counts)
         deltas = PROFILE_DELTAS if is_sampled else FINE_DELTAS
-    return tuple((compute_epsilon(counts, delta=delta, relation=relation).epsilon, delta) for delta in deltas)
+    return _profile(tuple(counts.items()), relation, tuple(deltas))
+
+
+@lru_cache(maxsize=16)  # several audits of one mechanism ask for the same curve
+def _profile(
+    counts: tuple[tuple[tuple[ReleaseEvent, Sampling], int], ...],
+    relation: NeighboringRelation,
+    deltas: tuple[float, ...],
+) -> tuple[tuple[float, float], ...]:
+    return tuple((compute_epsilon(dict(counts), delta=delta, relation=relation).epsilon, delta) for delta in deltas)
 
 
 def is_refuted(profile: Sequence[tuple[float, float]], errors: Errors, *, confidence: float) -> bool:

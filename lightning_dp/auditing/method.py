@@ -1,32 +1,28 @@
 """Audit of a whole method: train it twice on neighbouring records under equal coins, noise and transcript.
 
-In the second world every release hands out what the first world released, so all that was learned from releases is
-the same at every step. What may differ then is what the record itself sends, by the charged sensitivity at most, at
-every step: a record that reaches another teacher through shared state shows here. And whatever leaves (the released
-networks, the numbers that are logged) must be the same to the last bit.
+In the second world every release hands out what the first world released, that of a warm start included, so all that
+was learned from releases is the same at every step. What may differ then is what the record itself sends, by the
+charged sensitivity at most, at every step: a record that reaches another teacher through shared state shows here. And
+whatever leaves (the released networks, the numbers that are logged) must be the same to the last bit.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
-from callbacks import GradientPrivatizer, PrivacyAccountant
-from datamodules import ImageDataModule
+from callbacks import GradientPrivatizer
 from lightning_dp.accounting.accountants import compute_epsilon
-from lightning_dp.accounting.events import AdditiveRelease, GaussianRelease, ReleaseEvent, TernaryRelease
-from lightning_dp.accounting.settings import PrivacySettings
+from lightning_dp.accounting.composition import Counts
+from lightning_dp.accounting.events import AdditiveRelease, GaussianRelease, TernaryRelease
 from lightning_dp.auditing.bounds import epsilon_of_mu, std_interval
-from lightning_dp.auditing.door import NoiseLawOf, Tap
+from lightning_dp.auditing.door import NoiseLawOf
 from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Line, Plot, judge
-from lightning_dp.auditing.worlds import Played, RecordChange, record_changes, unchanged
-from lightning_dp.errors import ConfigurationError
-from lightning_dp.mechanisms.base import EncodeContext, Mechanism, ReleasePlan
-from lightning_dp.modules.base import PrivateModule
+from lightning_dp.auditing.transcripts import MethodRun, Overheard, Transcript, play
+from lightning_dp.auditing.worlds import record_changes, unchanged
+
+__all__ = ["MethodRun", "audit_method"]
 
 FINDS = (
     "a record that reaches more rows than stated (shared optimizer state, duplicates, batch statistics), a bound that "
@@ -35,46 +31,77 @@ FINDS = (
 )
 MISSES = "records and steps that were not tried; what only a run of full length brings about; secrecy of the coins"
 
-_SEED = 20_261_128  # of coins and noise, equal in both worlds
 _TOLERANCE = 1e-6
 _TINY = 1e-9
-_PUBLIC = ("privacy/", "eval/", "public/")
-_SKETCH = 8  # numbers that stand for a row
-_ROW_TOLERANCE = 1e-5  # kernels may sum in another order when a batch has another size
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodRun:
-    """All that a method's run is made of; made anew, and equal, for every world.
-
-    Attributes:
-        module: The method.
-        data: Its records, small.
-        mechanism: The mechanism.
-        privacy: Relation, delta and noise multiplier.
-        callbacks: Further callbacks.
-    """
-
-    module: PrivateModule
-    data: ImageDataModule
-    mechanism: Mechanism
-    privacy: PrivacySettings
-    callbacks: tuple[pl.Callback, ...] = ()
 
 
 @dataclass
-class _Transcript:
-    """What was overheard of a run."""
+class _Part:
+    """What neighbours did to the releases of one mechanism.
 
-    rows: list[dict[tuple[int, int], Tensor]] = field(default_factory=list)
-    measured: list[Tensor] = field(default_factory=list)
-    noisy: list[Tensor] = field(default_factory=list)
-    released: list[Tensor] = field(default_factory=list)
-    networks: dict[str, Tensor] = field(default_factory=dict)
-    logged: dict[str, float] = field(default_factory=dict)
-    ledger_length: int = 0
-    plan: ReleasePlan = field(init=False)
-    event: ReleaseEvent = field(init=False)
+    Attributes:
+        name: Before its words; empty for the method's own releases.
+        heard: The first world.
+        shifts: How far each release moved, by the change.
+        most_rows: Rows of one release that changed, at most.
+    """
+
+    name: str
+    heard: Overheard
+    shifts: dict[str, list[float]] = field(default_factory=dict)
+    most_rows: int = 0
+
+    def compare(self, other: Overheard, change: str) -> None:
+        """Take in one neighbouring world."""
+        self.shifts[change] = self.heard.shifts(other)
+        self.most_rows = max(self.most_rows, self.heard.changed_rows(other))
+
+    @property
+    def worst(self) -> str:
+        """The change that moved a release furthest."""
+        return max(self.shifts, key=lambda name: max(self.shifts[name]))
+
+    @property
+    def largest(self) -> float:
+        """How far it moved one."""
+        return max(self.shifts[self.worst])
+
+    @property
+    def limit(self) -> float:
+        """How far it may."""
+        return self.heard.mechanism.l2_sensitivity(self.heard.plan.spec, self.heard.plan.relation)
+
+    def mu(self, change: str) -> float:
+        """Return how far a change moved all releases together, in units of their noise."""
+        std = self.heard.mechanism.noise_std(self.heard.plan)
+        return math.hypot(*self.shifts[change]) / std if std > 0 else math.inf
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether `mu` says what the releases cost."""
+        event = self.heard.event
+        is_plain = isinstance(event, GaussianRelease) and not isinstance(event, TernaryRelease)
+        return is_plain and self.heard.sampling.scheme == "full"
+
+    def problems(self) -> list[str]:
+        """Return, in words, what is not as it was stated."""
+        found, plan = [], self.heard.plan
+        if self.largest > self.limit * (1 + _TOLERANCE) + _TINY:
+            found.append(f"moved by {self.largest:.6g}, beyond {self.limit:.6g}")
+        allowed = max(change.num_replaced + change.num_toggled for change in plan.spec.alternatives(plan.relation))
+        if self.most_rows > allowed:
+            found.append(f"{self.most_rows} rows changed, {allowed} may")
+        if isinstance(self.heard.event, AdditiveRelease):
+            (low, high), stated = _noise_interval(self.heard), NoiseLawOf(self.heard.mechanism, plan).std
+            if not low <= stated <= high:
+                found.append(f"noise std in [{low:.4g}, {high:.4g}], {stated:.4g} is stated")
+        return [f"{self.name}{words}" for words in found]
+
+    def summary(self) -> str:
+        """Return what was measured, in words."""
+        num = len(self.heard.measured)
+        moved = f"moved a release by {self.largest:.6g} at most, {self.limit:.6g} is charged"
+        return f"{self.name}{self.worst}: {moved}, over {num} release{'s' * (num != 1)}"
 
 
 def audit_method(
@@ -88,7 +115,7 @@ def audit_method(
 
     Args:
         make_run: Makes module, data and mechanism of a run, equal at every call.
-        steps: Releases of a run.
+        steps: Releases of a run, beside that of a warm start.
         record: Which record changes; None takes the last.
         privatizer: Class of the callback that opens the door.
 
@@ -97,206 +124,85 @@ def audit_method(
     """
     first = make_run()
     last = first.data.num_records - 1 if record is None else record
-    base = _fit(first, steps, unchanged(last), None, privatizer)
-    limit, std = (
-        first.mechanism.l2_sensitivity(base.plan.spec, base.plan.relation),
-        first.mechanism.noise_std(base.plan),
-    )
-    shifts: dict[str, list[float]] = {}
-    leaks = [f"{base.ledger_length} releases in the ledger, {len(base.measured)} made"]
-    leaks *= base.ledger_length != len(base.measured)
-    most_rows = 0
-    for change in record_changes(base.plan, last):
-        other = _fit(make_run(), steps, change, base, privatizer)
-        pairs = zip(base.measured, other.measured, strict=True)
-        shifts[change.name] = [float((one - two).norm()) for one, two in pairs]
-        leaks += _differences(base, other)
-        most_rows = max(most_rows, _changed_rows(base, other))
-    if base.plan.spec.kind == "record":  # once more with rows in sight, which ghost clipping never forms
-        base_rows = _fit(make_run(), steps, unchanged(last), base, privatizer, with_rows=True)
-        for change in record_changes(base.plan, last):
-            other = _fit(make_run(), steps, change, base, privatizer, with_rows=True)
-            most_rows = max(most_rows, _changed_rows(base_rows, other))
-    return _judge(first, base, shifts, leaks, most_rows, limit=limit, std=std)
+    base = play(first, steps, unchanged(last), None, privatizer)
+    parts = [_Part("" if heard is base.own else "warm start, ", heard) for heard in base.parts]
+    made = sum(len(heard.measured) for heard in base.parts)
+    leaks = [f"{base.ledger_length} releases in the ledger, {made} made"] * (base.ledger_length != made)
+    changes = record_changes(base.own.plan, last)
+    for change in changes:
+        other = play(make_run(), steps, change, base, privatizer)
+        leaks += base.differences(other)
+        for part, heard in zip(parts, other.parts, strict=True):
+            part.compare(heard, change.name)
+    if base.own.plan.spec.kind == "record":  # once more with rows in sight, which ghost clipping never forms
+        base_rows = play(make_run(), steps, unchanged(last), base, privatizer, with_rows=True)
+        for change in changes:
+            other = play(make_run(), steps, change, base, privatizer, with_rows=True)
+            parts[-1].most_rows = max(parts[-1].most_rows, base_rows.own.changed_rows(other.own))
+    return _judge(first, base, parts, leaks)
 
 
-def _judge(
-    run: MethodRun,
-    base: "_Transcript",
-    shifts: dict[str, list[float]],
-    leaks: list[str],
-    most_rows: int,
-    *,
-    limit: float,
-    std: float,
-) -> AuditResult:
+def _judge(run: MethodRun, base: Transcript, parts: "Sequence[_Part]", leaks: list[str]) -> AuditResult:
     """Return what follows from the shifts, from what differs in what leaves, and from the noise."""
-    settings, plan, event, steps = run.privacy, base.plan, base.event, len(base.measured)
-    largest = max(max(found) for found in shifts.values())
-    worst = max(shifts, key=lambda name: max(shifts[name]))
-    allowed = max(change.num_replaced + change.num_toggled for change in plan.spec.alternatives(plan.relation))
-    low, high = _noise_interval(base)
-    stated = NoiseLawOf(run.mechanism, plan).std if isinstance(event, AdditiveRelease) else std
-    wrong_noise = isinstance(event, AdditiveRelease) and not low <= stated <= high
-    mu = math.hypot(*shifts[worst]) / std if std > 0 else math.inf
-    is_gaussian = isinstance(event, GaussianRelease) and not isinstance(event, TernaryRelease)
-    has_bound = is_gaussian and run.module.sampling.scheme == "full"
-    claimed = compute_epsilon(
-        {(event, run.module.sampling): steps}, delta=settings.target_delta, relation=plan.relation
-    ).epsilon
-    summary = f"{worst}: moved a release by {largest:.6g} at most, {limit:.6g} is charged, over {steps} releases"
-    if most_rows > allowed:
-        summary += f"; {most_rows} rows changed, {allowed} may"
+    settings, own = run.privacy, parts[-1]
+    counts: Counts = {(part.heard.event, part.heard.sampling): len(part.heard.measured) for part in parts}
+    problems = [words for part in parts for words in part.problems()]
     if leaks:
-        summary += "; differs in what leaves: " + ", ".join(dict.fromkeys(leaks))
-    if wrong_noise:
-        summary += f"; noise std in [{low:.4g}, {high:.4g}], {stated:.4g} is stated"
-    is_broken = largest > limit * (1 + _TOLERANCE) + _TINY or most_rows > allowed or bool(leaks) or wrong_noise
-    releases = tuple(float(step) for step in range(1, steps + 1))
-    lines = [Line(label=name, x=releases, y=tuple(one / limit for one in found)) for name, found in shifts.items()]
+        problems.append("differs in what leaves: " + ", ".join(dict.fromkeys(leaks)))
+    mu = max(math.hypot(*(part.mu(change) for part in parts)) for change in own.shifts)
+    measured = {
+        "largest_shift": own.largest,
+        "sensitivity": own.limit,
+        "ratio": own.largest / own.limit,
+        "changed_rows": float(max(part.most_rows for part in parts)),
+        "leaks": float(len(leaks)),
+    }
+    if len(parts) > 1:
+        measured["warm_start_ratio"] = parts[0].largest / parts[0].limit
     return AuditResult(
         audit="method",
-        subject=f"{type(run.module).__name__} with {type(run.mechanism).__name__}, {settings.neighboring_relation}",
-        lower_bound=epsilon_of_mu(mu, settings.target_delta) if has_bound else None,
+        subject=(
+            f"{type(run.module).__name__} with {type(run.mechanism).__name__}"
+            f"{' after a warm start' * (len(parts) > 1)}, {settings.neighboring_relation}"
+        ),
+        lower_bound=epsilon_of_mu(mu, settings.target_delta) if all(part.is_gaussian for part in parts) else None,
         confidence=1.0,
-        claimed_epsilon=claimed,
+        claimed_epsilon=compute_epsilon(counts, delta=settings.target_delta, relation=own.heard.plan.relation).epsilon,
         delta=settings.target_delta,
-        verdict=judge(is_alarm=is_broken, is_doubt=most_rows == 0),  # a record that never took part shows nothing
-        summary=summary,
+        # A record that never took part shows nothing.
+        verdict=judge(is_alarm=bool(problems), is_doubt=any(part.most_rows == 0 for part in parts)),
+        summary="; ".join([*(part.summary() for part in parts), *problems]),
         finds=FINDS,
         misses=MISSES,
-        measured={
-            "largest_shift": largest,
-            "sensitivity": limit,
-            "ratio": largest / limit,
-            "changed_rows": float(most_rows),
-            "leaks": float(len(leaks)),
-        },
-        plot=Plot(
-            x_label="release",
-            y_label="shift / sensitivity",
-            lines=(*lines, Line(label="charged", x=(1.0, float(steps)), y=(1.0, 1.0), is_dashed=True)),
-        ),
+        measured=measured,
+        plot=_plot(parts),
     )
 
 
-def _noise_interval(base: "_Transcript") -> tuple[float, float]:
+def _plot(parts: "Sequence[_Part]") -> Plot:
+    """Return every release's shift as a share of what is charged."""
+    lines, start, last = [], 1.0, 1.0
+    for part in parts:
+        for name, found in part.shifts.items():
+            releases = tuple(start + step for step in range(len(found)))
+            last = releases[-1]
+            lines.append(Line(label=part.name + name, x=releases, y=tuple(one / part.limit for one in found)))
+        start = last + 1
+    return Plot(
+        x_label="release",
+        y_label="shift / sensitivity",
+        lines=(*lines, Line(label="charged", x=(1.0, last), y=(1.0, 1.0), is_dashed=True)),
+    )
+
+
+def _noise_interval(heard: Overheard) -> tuple[float, float]:
     """Return the interval of the std of the noise of a run, at the confidence of an alarm."""
     noise = torch.cat(
         [
             noisy - measured
-            for noisy, measured in zip(base.noisy, base.measured, strict=True)
+            for noisy, measured in zip(heard.noisy, heard.measured, strict=True)
             if len(noisy) == len(measured)
         ]
     )
     energy = float(noise.square().sum())
     return std_interval(energy, len(noise), ALARM_CONFIDENCE) if len(noise) else (0.0, math.inf)
-
-
-def _fit(
-    run: MethodRun,
-    steps: int,
-    change: RecordChange,
-    forced: _Transcript | None,
-    privatizer_class: type[GradientPrivatizer],
-    *,
-    with_rows: bool = False,
-) -> _Transcript:
-    """Train in one world; `forced` holds what every release must hand out."""
-    transcript = _Transcript()
-    tap = Tap(run.mechanism)
-    _spy_on_rows(tap, transcript, is_silent=forced is not None, with_rows=with_rows)
-    _spy_on_releases(tap, transcript, forced)
-    settings = replace(run.privacy, insecure_seed=_SEED, target_epsilon=None)
-    accountant = PrivacyAccountant(privacy=settings)
-    privatizer = privatizer_class(mechanism=tap.mechanism, accountant=accountant)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
-        max_steps=steps,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[privatizer, accountant, *run.callbacks, Played(change)],
-    )
-    run.data.setup("fit")
-    change.apply(run.data, change.record)
-    trainer.fit(run.module, datamodule=run.data)
-    for part, network in {**run.module.released_networks(), "model": run.module.released_model()}.items():
-        transcript.networks |= {f"{part}.{name}": value.clone() for name, value in network.state_dict().items()}
-    transcript.logged = {
-        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(_PUBLIC)
-    }
-    transcript.ledger_length = len(accountant.ledger)
-    if privatizer.plan is None:
-        raise ConfigurationError("Expected a GradientPrivatizer that plans the run, got one without a plan.")
-    transcript.plan, transcript.event = privatizer.plan, run.mechanism.step_event(privatizer.plan)
-    return transcript
-
-
-def _spy_on_rows(tap: Tap, transcript: _Transcript, *, is_silent: bool, with_rows: bool) -> None:
-    """Keep a sketch of every private row: `perturb_rows` meets those, and no public ones."""
-    mechanism, real = tap.mechanism, tap.mechanism.perturb_rows
-
-    def perturb_rows(encoded: Tensor, plan: ReleasePlan, context: EncodeContext) -> Tensor:
-        while len(transcript.rows) <= len(transcript.measured):
-            transcript.rows.append({})
-        found, slot = transcript.rows[-1], context.first_vector // plan.spec.vectors_per_row
-        stream = torch.Generator().manual_seed(context.first_vector)
-        flat = encoded.detach().cpu().double().flatten(1)
-        sketches = flat @ torch.randn(flat.shape[1], _SKETCH, generator=stream, dtype=torch.float64)
-        for row_id, sketch in zip(context.row_ids.tolist(), sketches, strict=True):
-            found[row_id, slot] = found.get((row_id, slot), torch.zeros(_SKETCH, dtype=torch.float64)) + sketch
-        return encoded if is_silent else real(encoded, plan, context)
-
-    vars(mechanism)["perturb_rows"] = perturb_rows
-    if with_rows:
-        vars(mechanism)["row_scaling"] = lambda norms, spec: None
-
-
-def _changed_rows(one: _Transcript, other: _Transcript) -> int:
-    """Return how many rows of a release differ between two worlds, at most."""
-    most = 0
-    for left, right in zip(one.rows, other.rows, strict=False):
-        silent = torch.zeros(_SKETCH, dtype=torch.float64)
-        pairs = ((left.get(key, silent), right.get(key, silent)) for key in {*left, *right})
-        most = max(
-            most,
-            sum(float((a - b).norm()) > _ROW_TOLERANCE * float(torch.maximum(a.norm(), b.norm())) for a, b in pairs),
-        )
-    return most
-
-
-def _spy_on_releases(tap: Tap, transcript: _Transcript, forced: _Transcript | None) -> None:
-    """Let the tapped mechanism report its releases, or hand out those of another world."""
-    mechanism, real = tap.mechanism, tap.mechanism.release
-
-    def release(total: Tensor, plan: ReleasePlan, *rest: Any, **named: Any) -> Tensor:
-        if forced is None:
-            value = real(total, plan, *rest, **named)
-            transcript.noisy.append(tap.noisy[-1])
-        else:
-            mechanism.measure(total.to(torch.float64), plan.spec)
-            number = len(transcript.measured)
-            value = forced.released[number].clone()
-            mechanism.adapt(forced.noisy[number].reshape(total.shape[0], -1).clone(), plan)
-        transcript.measured.append(tap.measured[-1])
-        transcript.released.append(value.clone())
-        tap.measured.clear()
-        tap.noisy.clear()
-        return value
-
-    vars(mechanism)["release"] = release
-
-
-def _differences(one: _Transcript, other: _Transcript) -> list[str]:
-    """Return what left in one world and is another thing in the other, by name."""
-    found = [
-        name
-        for name, value in one.networks.items()
-        if name not in other.networks or not torch.equal(value, other.networks[name])
-    ]
-    found += [name for name, value in one.logged.items() if other.logged.get(name) != value]
-    return found

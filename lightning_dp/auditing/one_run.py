@@ -50,28 +50,22 @@ def audit_one_run(
         coin_seed: Fixes which canaries take part; None asks the operating system.
     """
     wide = _with_canaries(door, canaries)
-    width = wide.plan.spec.vector_dim // canaries
-    joins = np.random.default_rng(coin_seed).random(canaries) < 0.5
-    values = _canary(wide, width)
-    # A teacher never falls silent, and a replaced record is another one: both turn into their opposite.
-    is_replaced = wide.plan.spec.kind == "teacher" or door.plan.relation is NeighboringRelation.REPLACE_ONE
-    heard = wide.open().release(_rows(joins, values, canaries, opposite=is_replaced))
-    seen = heard.noisy[: canaries * width].reshape(canaries, width)
-    scores = (seen * torch.sign(values).double()).mean(dim=1).numpy()
+    scores, joins = _scores(wide, canaries, coin_seed)
     order = np.argsort(scores)
     per_side = max(1, round(_GUESSED * canaries))
     right = int((~joins[order[:per_side]]).sum() + joins[order[-per_side:]].sum())
-    by_guesses = one_run_epsilon(
-        num_canaries=canaries, guesses=2 * per_side, right=right, delta=delta, confidence=confidence
-    )
+
+    def by_guesses(confidence: float) -> float:
+        return one_run_epsilon(
+            num_canaries=canaries, guesses=2 * per_side, right=right, delta=delta, confidence=confidence
+        )
+
     errors = middle_errors(scores[~joins], scores[joins])
-    mu, claimed = errors.mu(confidence=confidence), wide.epsilon(delta)
+    mu, claimed, told = errors.mu(confidence=confidence), wide.epsilon(delta), by_guesses(confidence)
     gaussian = epsilon_of_mu(mu, delta) if wide.has_gaussian_noise else 0.0
-    bound = max(by_guesses, gaussian if wide.charges_noisy_value else 0.0)
-    alarm_guesses = one_run_epsilon(
-        num_canaries=canaries, guesses=2 * per_side, right=right, delta=delta, confidence=ALARM_CONFIDENCE
-    )
     is_tight = wide.has_gaussian_noise and wide.charges_noisy_value
+    bound = max(told, gaussian if wide.charges_noisy_value else 0.0)
+    is_refuted_as_gaussian = is_tight and _refutes(wide, errors, delta, ALARM_CONFIDENCE)
     return AuditResult(
         audit="one run",
         subject=str(wide),
@@ -80,27 +74,42 @@ def audit_one_run(
         claimed_epsilon=claimed,
         delta=delta,
         verdict=judge(
-            is_alarm=alarm_guesses > claimed or (is_tight and _refutes(wide, errors, delta, ALARM_CONFIDENCE)),
-            is_doubt=bound > claimed,
+            is_alarm=by_guesses(ALARM_CONFIDENCE) > claimed or is_refuted_as_gaussian, is_doubt=bound > claimed
         ),
         summary=(
-            f"{right} of {2 * per_side} guesses right among {canaries} canaries: epsilon at least {by_guesses:.3g} of "
-            f"any mechanism; {error_summary(errors)}: {gaussian:.3g} of a Gaussian one"
+            f"{right} of {2 * per_side} guesses right among {canaries} canaries: epsilon at least {told:.3g} of any "
+            f"mechanism; {error_summary(errors)}: {gaussian:.3g} of a Gaussian one"
         ),
         finds=FINDS,
         misses=MISSES,
         measured={
-            "epsilon_any_mechanism": by_guesses,
+            "epsilon_any_mechanism": told,
             "epsilon_gaussian": gaussian,
             "mu": mu,
             "right": float(right),
             "guesses": float(2 * per_side),
         },
-        plot=Plot(
-            x_label="score of a canary",
-            y_label="density",
-            histograms={"out": tuple(scores[~joins].tolist()), "in": tuple(scores[joins].tolist())},
-        ),
+        plot=_histograms(scores, joins),
+    )
+
+
+def _scores(wide: Door, canaries: int, coin_seed: int | None) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Make the release; return a score for every canary, and whether it took part."""
+    width = wide.plan.spec.vector_dim // canaries
+    joins = np.random.default_rng(coin_seed).random(canaries) < 0.5
+    values = _canary(wide, width)
+    # A teacher never falls silent, and a replaced record is another one: both turn into their opposite.
+    is_replaced = wide.plan.spec.kind == "teacher" or wide.plan.relation is NeighboringRelation.REPLACE_ONE
+    heard = wide.open().release(_rows(joins, values, canaries, opposite=is_replaced))
+    seen = heard.noisy[: canaries * width].reshape(canaries, width)
+    return (seen * torch.sign(values).double()).mean(dim=1).numpy(), joins
+
+
+def _histograms(scores: NDArray[np.float64], joins: NDArray[np.bool_]) -> Plot:
+    return Plot(
+        x_label="score of a canary",
+        y_label="density",
+        histograms={"out": tuple(scores[~joins].tolist()), "in": tuple(scores[joins].tolist())},
     )
 
 

@@ -52,14 +52,7 @@ def audit_trajectory(
     Raises:
         ConfigurationError: The mechanism or the relation has no such canary.
     """
-    if not door.has_gaussian_noise or "record" not in door.mechanism.kinds:
-        raise ConfigurationError(f"The trajectory audit wants Gaussian noise on records, got {door}.")
-    if door.plan.relation is NeighboringRelation.REPLACE_ONE:
-        raise ConfigurationError("The trajectory audit is about records that join; use add_or_remove_one.")
-    spec = ContributionSpec.records(
-        expected_batch_size=rate * 2 * canaries, vector_dim=2 * canaries, segments=(canaries, canaries)
-    )
-    wide = replace(door, plan=replace(door.plan, spec=spec))
+    wide = _with_a_coordinate_each(door, rate=rate, canaries=canaries)
     scores = _log_likelihood_ratios(wide, steps=steps, canaries=canaries, sampler=make_sampler(2 * canaries, rate))
     without, with_it = scores[canaries:], scores[:canaries]
     errors, tail = middle_errors(without, with_it), tail_errors(without, with_it, delta=delta)
@@ -90,6 +83,18 @@ def audit_trajectory(
         measured={"epsilon_any_mechanism": bound, "mu": mu, "epsilon_gaussian": epsilon_of_mu(mu, delta)},
         plot=trade_off_plot(without, with_it, profile),
     )
+
+
+def _with_a_coordinate_each(door: Door, *, rate: float, canaries: int) -> Door:
+    """Return the door with rows in which every canary, and every one that is missing, has a coordinate of its own."""
+    if not door.has_gaussian_noise or "record" not in door.mechanism.kinds:
+        raise ConfigurationError(f"The trajectory audit wants Gaussian noise on records, got {door}.")
+    if door.plan.relation is NeighboringRelation.REPLACE_ONE:
+        raise ConfigurationError("The trajectory audit is about records that join; use add_or_remove_one.")
+    spec = ContributionSpec.records(
+        expected_batch_size=rate * 2 * canaries, vector_dim=2 * canaries, segments=(canaries, canaries)
+    )
+    return replace(door, plan=replace(door.plan, spec=spec))
 
 
 def _log_likelihood_ratios(door: Door, *, steps: int, canaries: int, sampler: PoissonSampler) -> NDArray[np.float64]:

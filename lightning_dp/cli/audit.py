@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 _KINDS = ("record", "teacher", "statistic", "joint")
 _COLOURS = {"consistent": "green", "inconclusive": "yellow", "violated": "bold red"}
 
+_WORDS = {
+    "consistent": "nothing that was tried contradicts the claim, which is no proof of it",
+    "inconclusive": "something is unlikely under the claim, or took no part; repeat with more trials",
+    "violated": "the claim does not hold; see the red lines",
+}
+_NO_CLAIM = "no epsilon is claimed, so no attack can contradict it"
+
 HELP = """usage: lightning-dp audit mechanism NAME [--mechanism.OPTION VALUE ...] [options]
        lightning-dp audit method CONFIG [options] [flags of fit]
        lightning-dp audit RUN [options]
@@ -122,27 +129,33 @@ def small_run(config: Path, *flags: str, steps: int, whole: bool = False) -> "Ca
     """
     from lightning_dp.auditing.method import MethodRun
     from lightning_dp.cli.planning import plan_cli
-    from lightning_dp.cli.small_runs import small_data, smaller_model
+    from lightning_dp.cli.small_runs import SMALL_WARM_START, small_data, smaller_model
 
     try:
         given = yaml.safe_load(config.read_text(encoding="utf-8"))
         data, shrinking = small_data(given), () if whole else smaller_model(given)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"Expected a configuration of a whole run in {config} ({error}).") from None
+    # A warm start takes a share of epsilon; else the noise is given, and no budget of the file counts.
+    is_asked = any(flag.partition("=")[0] == "--warm_start" for flag in flags)
+    is_warm = is_asked or given.get("warm_start") is not None
     fixed = (
-        *("--privacy.target_epsilon", "null", "--privacy.noise_multiplier", "1"),
+        *("--privacy.target_epsilon", "5" if is_warm else "null"),
+        *("--privacy.noise_multiplier", "null" if is_warm else "1"),
         *("--trainer.max_steps", str(steps), "--trainer.accelerator", "cpu"),
     )
+    all_flags = (*flags, *SMALL_WARM_START) if is_asked else (*(SMALL_WARM_START if is_warm else ()), *flags)
 
     def make_run() -> MethodRun:
         from lightning_dp.cli import plugins  # noqa: F401  (names in configurations)
 
-        cli = plan_cli(config, *data, *shrinking, *fixed, *flags)
+        cli = plan_cli(config, *data, *shrinking, *fixed, *all_flags)
         return MethodRun(
             module=cli.model,
             data=cli.datamodule,
             mechanism=cli.privatizer.mechanism,
             privacy=cli.privatizer.accountant.privacy,
+            warm_start=cli.privatizer.warm_start,
         )
 
     return make_run
@@ -192,23 +205,28 @@ def _run(arguments: list[str]) -> int:
 
 
 def _table(arguments: list[str]) -> int:
-    """Audit every pair of a method and a mechanism, and write the table of guarantees between its markers."""
+    """Audit every pair of a method and a mechanism, and write the table of guarantees between its markers.
+
+    Rows that are measured are kept in OUT.partial.jsonl until all are there; an interrupted command goes on from them.
+    """
+    from lightning_dp.cli.audit_pairs import TableOptions
     from lightning_dp.cli.audit_table import DEFAULT_FILE, write_table
     from lightning_dp.cli.matrix import DEFAULT_FOLDER
 
     parser = _parser("--table", _table.__doc__)
     parser.add_argument("--configs", type=str, default=DEFAULT_FOLDER, help="Folder of configurations of whole runs.")
-    parser.add_argument("--calls", type=int, default=2000, help="Releases of each world of the two-world test.")
+    parser.add_argument("--calls", type=int, default=100, help="Releases of each world through the door.")
+    parser.add_argument("--draws", type=int, default=4_000_000, help="Draws of each world of the noise, at most.")
     parser.add_argument("--only", type=str | None, default=None, help="Only configurations whose name holds this.")
     options: Any = parse(parser, arguments)
     _check(options)
     return write_table(
         Path(options.configs),
         Path(options.out or DEFAULT_FILE),
-        calls=options.calls,
+        options=TableOptions(
+            calls=options.calls, draws=options.draws, confidence=options.confidence, delta=options.delta
+        ),
         only=options.only,
-        confidence=options.confidence,
-        delta=options.delta,
     )
 
 
@@ -273,8 +291,8 @@ def _finish(results: "Sequence[AuditResult]", title: str, out: str | None, *, no
     from lightning_dp.auditing.result import Verdict, worst_verdict
 
     table = Table(title=Text(f"Audit: {title}"), title_justify="left", show_lines=True)
-    for name in ("audit", "verdict", "lower bound", "claimed epsilon", "measured"):
-        table.add_column(Text(name), overflow="fold")
+    for name, width in (("audit", 14), ("verdict", 12), ("epsilon at least", 12), ("claimed", 8), ("measured", None)):
+        table.add_column(Text(name), overflow="fold", max_width=width)
     for result in results:
         found = result.to_dict()
         bound = number(found["lower_bound"]) + (f" ({result.confidence:.0%})" if result.lower_bound is not None else "")
@@ -288,5 +306,7 @@ def _finish(results: "Sequence[AuditResult]", title: str, out: str | None, *, no
         for path in write_report(Path(out), results, title=title, note=note):
             console.print(f"report: {path}", soft_wrap=True)
     worst = worst_verdict(results)
-    console.print(Text(f"verdict: {worst}", style=_COLOURS[str(worst)]))
+    is_claimed = any(result.claimed_epsilon is not None for result in results)
+    words = _NO_CLAIM if worst is Verdict.CONSISTENT and not is_claimed else _WORDS[str(worst)]
+    console.print(Text(f"verdict: {worst} ({words})", style=_COLOURS[str(worst)]))
     return 1 if worst is Verdict.VIOLATED else 0

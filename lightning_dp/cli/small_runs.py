@@ -6,6 +6,9 @@ from typing import Any
 SMALL_DATA = ("--data", "EmbeddedDigits", "--data.num_train", "100")
 """A hundred embedded digits, which have the shape and the labels of MNIST and Fashion-MNIST."""
 
+SMALL_WARM_START = ("--warm_start.samples", "50", "--warm_start.steps", "2", "--warm_start.num_coefficients", "10")
+"""A warm start of a moment."""
+
 _TEACHERS = {
     "EnergyTeachers": ("--model.pool_per_class", "5"),
     "DiscriminatorTeachers": (
@@ -16,7 +19,11 @@ _TEACHERS = {
 _RECORDS = ("--model.expected_batch_size", "5")
 _MODELS = {
     "TeacherEnsembleGAN": ("--model.images_per_step", "10"),
-    "PATEGAN": ("--model.images_per_step", "10"),
+    # Trained so long that one record turns a vote of its teacher.
+    "PATEGAN": (
+        *("--model.images_per_step", "10"),
+        *("--model.teachers.train_steps", "5", "--model.teachers.pretrain_steps", "30"),
+    ),
     "DPSGDClassifier": _RECORDS,
     "DPVAE": _RECORDS,
     "DP2VAE": _RECORDS,
@@ -39,7 +46,7 @@ def smaller_model(config: Mapping[str, Any]) -> tuple[str, ...]:
     flags: tuple[str, ...] = _MODELS.get(model["class_path"].rpartition(".")[2], ())
     teachers = options.get("teachers")
     if teachers is not None:
-        flags = (*flags, *_TEACHERS.get(teachers["class_path"].rpartition(".")[2], ()))
+        flags = (*_TEACHERS.get(teachers["class_path"].rpartition(".")[2], ()), *flags)
         if options["generator"]["class_path"] == "GSWGANGenerator":
             flags = (*flags, "--model.generator.width", "8")
         if "teachers_per_round" in teachers.get("init_args", {}):

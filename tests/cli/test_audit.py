@@ -1,5 +1,6 @@
 """The command `audit`: reports, exit codes, mistakes in one line."""
 
+import contextlib
 import json
 import stat
 
@@ -7,9 +8,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightning_dp.auditing.membership import audit_membership, generator_loss_scores, nearest_sample_scores
 from lightning_dp.auditing.plots import audit_plot
 from lightning_dp.auditing.result import AuditResult, Line, Plot, Verdict
-from lightning_dp.cli.audit_table import END, START, _known_rows, _one_of_each, _table_text
+from lightning_dp.cli import (
+    audit_table,
+    plugins,  # noqa: F401  (names of mechanisms)
+)
+from lightning_dp.cli.audit import small_run
+from lightning_dp.cli.audit_pairs import TableOptions, TableRow
+from lightning_dp.cli.audit_table import (
+    END,
+    START,
+    _known_rows,
+    _one_of_each,
+    _parts,
+    _Progress,
+    _table_text,
+)
+from lightning_dp.cli.matrix import _mechanism_class, _own_mechanism, _variants
+from lightning_dp.cli.messages import subclass_names
+from lightning_dp.errors import ConfigurationError
+from lightning_dp.mechanisms.base import ContributionSpec, Mechanism, ReleasePlan
 from tests.cli.runs import TINY, read_json
 from tests.policy.sources import ROOT
 
@@ -107,8 +127,6 @@ def test_a_teacher_among_the_published_is_a_violation(cli, run_dir):
 
 def test_samples_that_are_records_are_found(tmp_path):
     """A generator that remembers has a true positive rate that no finite epsilon near the claim allows."""
-    from lightning_dp.auditing.membership import audit_membership, nearest_sample_scores
-
     stream = torch.Generator().manual_seed(0)
     members, others = (torch.rand(400, 1, 6, 6, generator=stream) for _ in range(2))
     copied = nearest_sample_scores(members, members, others, name="the nearest sample")
@@ -125,6 +143,45 @@ def test_samples_that_are_records_are_found(tmp_path):
     assert audit_membership(copied, subject="no claim", claimed_epsilon=None, delta=1e-5).verdict is Verdict.CONSISTENT
 
 
+class Remembers(torch.nn.Module):
+    """A generator whose latents choose among the records that it was trained on."""
+
+    def __init__(self, records):
+        super().__init__()
+        self.records = torch.nn.Parameter(records)
+
+    def sample_latent(self, num, stream):
+        return torch.randn(num, len(self.records), generator=stream)
+
+    def forward(self, latent, labels):
+        return ((4 * latent).softmax(1) @ self.records.flatten(1)).unflatten(1, self.records.shape[1:])
+
+
+def test_a_generator_that_remembers_is_found_by_its_latents():
+    stream = torch.Generator().manual_seed(0)
+    members, others = (torch.rand(60, 1, 6, 6, generator=stream) for _ in range(2))
+    labels = torch.zeros(60, dtype=torch.int64)
+
+    def attacked(generator):
+        scores = generator_loss_scores(generator, (members, labels), (others, labels))
+        return audit_membership(scores, subject="a generator", claimed_epsilon=1.0, delta=1e-5)
+
+    found = attacked(Remembers(members))
+    assert found.measured["auc"] > 0.95
+    assert found.measured["tpr_at_0.01"] > 0.5
+    assert found.lower_bound > 1
+    fresh = attacked(Remembers(torch.rand(60, 1, 6, 6, generator=stream)))
+    assert 0.3 < fresh.measured["auc"] < 0.7
+    assert fresh.verdict is not Verdict.VIOLATED
+
+
+def test_a_run_without_privacy_claims_nothing_that_could_be_refuted(cli, fit, tmp_path):
+    assert fit("--mechanism", "NoPrivacy", "--evaluate", "false").code == 0
+    outcome = cli("audit", tmp_path / "run", "--attacks", "false")
+    assert outcome.code == 0
+    assert "no epsilon is claimed" in outcome.out
+
+
 def test_plots_of_single_and_constant_values():
     plot = Plot(
         x_label="x", y_label="y", lines=(Line(label="one", x=(0.0,), y=(0.0,)),), histograms={"same": (1.0, 1.0)}
@@ -135,13 +192,70 @@ def test_plots_of_single_and_constant_values():
     assert audit_plot(result).startswith(b"\x89PNG")
 
 
+OPTIONS = TableOptions(calls=16, draws=1000, confidence=0.95, delta=1e-5)
+
+
+def row(name: str) -> TableRow:
+    return TableRow((name, "Gaussian", "replace_one", *"abcdefgh", "2026-01-01"), "consistent")
+
+
+def has_proof(mechanism: Mechanism, spec: ContributionSpec) -> bool:
+    """Whether one release of such rows has a price under any relation."""
+    for relation in spec.changes:
+        with contextlib.suppress(ConfigurationError):
+            mechanism.check(spec)
+            mechanism.step_event(ReleasePlan(spec=spec, relation=relation, noise_multiplier=1.0))
+            return True
+    return False
+
+
 class TestTable:
     """`audit --table` rewrites what stands between the markers, and keeps what it did not measure again."""
 
     def test_rows_are_read_back(self):
-        rows = {(f"method {n}", "Gaussian", "replace_one", *"abcdefg", "2026-01-01") for n in range(3)}
-        text = _table_text(rows, delta=1e-5, calls=16)
-        assert set(_known_rows(text).values()) == rows
+        rows = {row(f"method {number}").cells for number in range(3)}
+        assert set(_known_rows(_table_text(rows, OPTIONS)).values()) == rows
+
+    def test_an_interrupted_table_goes_on(self, tmp_path):
+        out = tmp_path / "page.md"
+        _Progress(out, OPTIONS).add(row("one"))
+        assert _Progress(out, OPTIONS).keys == {("one", "Gaussian")}
+        with (tmp_path / "page.partial.jsonl").open("a") as file:
+            file.write('{"cells": ["two", "Gauss')  # killed while it wrote
+        again = _Progress(out, OPTIONS)
+        again.add(row("three"))
+        assert _Progress(out, OPTIONS).rows == [row("one"), row("three")]
+        assert _Progress(out, TableOptions(calls=17, draws=1000, confidence=0.95, delta=1e-5)).rows == []
+
+    @pytest.mark.filterwarnings("ignore")  # of libraries, which the command line keeps quiet
+    def test_every_pair_that_runs_has_a_row(self, monkeypatch):
+        """A new method or mechanism has to be audited; the table has no row of a pair that is gone."""
+        monkeypatch.setattr("sys.argv", ["lightning-dp"])
+        configs = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
+        known = {path: _own_mechanism(path) for path in configs}
+        names = subclass_names(Mechanism)  # other tests make broken ones
+        ours = [name for name in names if _mechanism_class(name).__module__.startswith("lightning_dp.")]
+        allowed = set()  # one configuration stands for all of a class
+        for path in _one_of_each(configs, None):
+            run = small_run(path, steps=3)()
+            run.module.describe_data(run.data)
+            spec = run.module.contribution_spec()
+            for name in ours:
+                variants = list(_variants(name, known[path], iter(known.values())))
+                if variants[0].is_private and any(has_proof(mechanism, spec) for mechanism in variants):
+                    allowed.add((type(run.module).__name__, name))
+        assert len(allowed) >= 25
+        lines = _parts(ROOT / "docs" / "guarantees.md")[1].splitlines()
+        cells = [line.split("|") for line in lines if line.startswith("| ")]
+        rows = {(method.split()[0], mechanism.strip()) for _, method, mechanism, *_ in cells}
+        assert rows - {("method", "mechanism")} == allowed
+
+    def test_a_violated_row_shows_in_the_exit_code(self, tmp_path, monkeypatch):
+        bad = TableRow((*row("one").cells[:-2], "violated (draws)", "2026-01-01"), "violated")
+        for found, code in (([row("one")], 0), ([row("one"), bad], 1)):
+            monkeypatch.setattr(audit_table, "_rows", lambda *_, found=found, **__: iter(found))
+            assert audit_table.write_table(tmp_path, tmp_path / "page.md", options=OPTIONS, only=None) == code
+            assert not (tmp_path / "page.partial.jsonl").exists()
 
     def test_a_file_without_markers_is_refused(self, cli, tmp_path):
         (tmp_path / "page.md").write_text("words\n")
@@ -160,9 +274,9 @@ class TestTable:
         # Mechanisms that other tests have broken are known in this process too.
         monkeypatch.setattr("lightning_dp.cli.messages.subclass_names", lambda _: ["Gaussian", "NoPrivacy", "TopAgg"])
         out = tmp_path / "page.md"
-        old = "| old | Gaussian | replace_one | a | b | c | d | e | f | g | 2026-01-01 |"
+        old = f"| {' | '.join(row('old').cells)} |"
         out.write_text(f"before\n{START}\n{old}\n{END}\nafter\n")
-        done = cli("audit", "--table", "--only", "moments_mnist", "--calls", "50", "--out", out)
+        done = cli("audit", "--table", "--only", "moments_mnist", "--calls", "50", "--draws", "20000", "--out", out)
         assert done.code == 0, done.out
         text = out.read_text()
         assert text.startswith("before\n")

@@ -16,20 +16,25 @@ from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
-from tests.conftest import TinyData, tiny_generator
+from lightning_dp.modules.warm_start import MomentsWarmStart
+from tests.conftest import TinyData, tiny_gan, tiny_generator
 from tests.modules.test_dpsgd import TinyClassifier
+from tests.modules.test_vae import tiny_vae
 
 RECORD = 39  # the last of `TinyData`, which the audit changes
 
 
-def audit(kind, relation, mechanism=Gaussian, **options) -> AuditResult:
+def audit(kind, relation, mechanism=Gaussian, warm_start=None, **options) -> AuditResult:
+    noise = {"noise_multiplier": 8.0} if warm_start is None else {"target_epsilon": 5.0}
+
     def make() -> MethodRun:
         torch.manual_seed(0)
         return MethodRun(
             module=kind(),
             data=TinyData(),
             mechanism=mechanism(),
-            privacy=PrivacySettings(neighboring_relation=relation, noise_multiplier=8.0),
+            privacy=PrivacySettings(neighboring_relation=relation, **noise),
+            warm_start=None if warm_start is None else warm_start(samples=40, steps=3, num_coefficients=10),
         )
 
     return audit_method(make, **options)
@@ -241,3 +246,51 @@ def test_right_records_are_not(relation, mechanism):
     found = audit(dpsgd(), relation, mechanism)
     assert found.verdict is Verdict.CONSISTENT, found.summary
     assert found.measured["changed_rows"] == 1
+
+
+# Warm starts ----------------------------------------------------------------------------------------------------------
+
+
+class ShowsRecords(MomentsWarmStart):
+    """What is learned from first are records, not samples of what was released."""
+
+    def released_samples(self, session, images, labels, records, *, seed):
+        super().released_samples(session, images, labels, records, seed=seed)
+        return images[-20:].float() / 255, labels[-20:]
+
+
+class CountsARecordTwice(MomentsWarmStart):
+    """The last record sits twice in the sums, and is charged once."""
+
+    def released_samples(self, session, images, labels, records, *, seed):
+        images, labels = torch.cat([images, images[-1:]]), torch.cat([labels, labels[-1:]])
+        return super().released_samples(session, images, labels, range(len(images)), seed=seed)
+
+
+WARMED = [(tiny_gan, "replace_one", lambda: TopAgg(top_k=4)), (tiny_vae, "add_or_remove_one", Gaussian)]
+
+
+@pytest.mark.parametrize(("kind", "relation", "mechanism"), WARMED, ids=["teachers", "records"])
+def test_a_right_warm_start_raises_no_alarm(kind, relation, mechanism):
+    found = audit(kind, relation, mechanism, MomentsWarmStart)
+    assert found.verdict is Verdict.CONSISTENT, found.summary
+    assert 0.1 < found.measured["warm_start_ratio"] <= 1
+    assert "warm start, " in found.summary
+    # A record of another label leaves one class's sums and enters another's.
+    assert found.measured["changed_rows"] == (2 if relation == "replace_one" else 1)
+    assert found.claimed_epsilon == pytest.approx(5.0, rel=0.01)  # one budget for both kinds of release
+
+
+@pytest.mark.parametrize(("kind", "relation", "mechanism"), WARMED, ids=["teachers", "records"])
+def test_a_warm_start_that_shows_records_is_found(kind, relation, mechanism):
+    found = audit(kind, relation, mechanism, ShowsRecords)
+    assert found.verdict is Verdict.VIOLATED
+    assert "differs in what leaves" in found.summary
+
+
+@pytest.mark.parametrize(("kind", "relation", "mechanism"), WARMED, ids=["teachers", "records"])
+def test_a_warm_start_that_counts_a_record_twice_is_found(kind, relation, mechanism):
+    found = audit(kind, relation, mechanism, CountsARecordTwice)
+    assert found.verdict is Verdict.VIOLATED
+    assert "warm start, " in found.summary
+    assert found.measured["warm_start_ratio"] > 1 or found.measured["changed_rows"] > 1
