@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_dp.cli.messages import nearest
-from lightning_dp.cli.parsing import check_class_names, check_config_files, check_given_once, one_line, parse
+from lightning_dp.cli.parsing import check_class_names, check_config_files, check_given_once, one_line, parse, spelt_out
 from lightning_dp.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -25,13 +25,14 @@ def fit(arguments: list[str]) -> int:
     from rich.console import Console
 
     from lightning_dp.cli import plugins  # noqa: F401  (names for flags)
-    from lightning_dp.cli.fit import ROOTS, FitCLI, spelt_out
+    from lightning_dp.cli.fit import ROOTS, FitCLI
     from lightning_dp.evaluation.report import metrics_table
+    from lightning_dp.modules.warm_start import NAMES
 
     # Lightning sets its level when it is imported; its greetings would bury our lines.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    arguments = spelt_out(arguments)
+    arguments = spelt_out(arguments, ROOTS, {short: kind.__name__ for short, kind in NAMES.items()})
     check_class_names(arguments, ROOTS)
     check_given_once(arguments, ROOTS)
     check_config_files(arguments)

@@ -35,7 +35,7 @@ from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.evaluation.report import RunCard
 from lightning_dp.mechanisms.base import Mechanism
 from lightning_dp.modules.base import PrivateModule
-from lightning_dp.modules.warm_start import NAMES, WarmStart
+from lightning_dp.modules.warm_start import WarmStart
 from lightning_dp.networks.generator import Generator
 
 CONFIG_FILE = "config.yaml"
@@ -266,17 +266,6 @@ class FitCLI(LightningCLI):
                 "--ckpt_path last."
             )
         return self.run_folder.card
-
-
-def spelt_out(arguments: list[str]) -> list[str]:
-    """Return arguments with the short name of a warm start replaced by the name of its class."""
-
-    def one(argument: str, before: str) -> str:
-        flag, equals, value = argument.rpartition("=")
-        is_short = (flag or before) == "--warm_start" and value in NAMES
-        return f"{flag}{equals}{NAMES[value].__name__}" if is_short else argument
-
-    return [one(argument, before) for argument, before in zip(arguments, ["", *arguments], strict=False)]
 
 
 def _wants_many(trainer: Any) -> bool:

@@ -1,5 +1,6 @@
 """Parsing in which every mistake of the user ends as one line."""
 
+import json
 import re
 import sys
 from argparse import ArgumentError
@@ -17,6 +18,41 @@ from lightning_dp.errors import ConfigurationError
 Parsed = TypeVar("Parsed")
 _MAY_BE_EMPTY = ("init_args", "dict_kwargs")
 _GROUPS = ("trainer", "privacy", "evaluation", "dataset_budget", "telemetry")
+
+
+def spelt_out(arguments: list[str], roots: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """Return arguments as the parser can read them.
+
+    Short names become class names. Null for an option of an option, `--model.generator.window null`, becomes
+    `--model.generator={"init_args": {"window": null}}`: the parser hands such values on as text, and null as "None".
+
+    Args:
+        arguments: The command line.
+        roots: Flags that name a class (without dashes).
+        names: Short name to class name of a warm start.
+    """
+    spelt, index = [], 0
+    while index < len(arguments):
+        flag, equals, value = arguments[index].partition("=")
+        if flag.startswith("--") and not equals:
+            value = next(iter(arguments[index + 1 : index + 2]), "")
+        rewritten = _rewritten(flag, value, roots, names)
+        spelt.append(rewritten or arguments[index])
+        index += 2 if rewritten and not equals else 1
+    return spelt
+
+
+def _rewritten(flag: str, value: str, roots: Iterable[str], names: Mapping[str, str]) -> str | None:
+    if flag == "--warm_start" and value in names:
+        return f"{flag}={names[value]}"
+    root, _, path = flag.removeprefix("--").partition(".")
+    option, *inner = path.split(".")
+    if root not in roots or value != "null" or not inner:
+        return None
+    options: Any = None
+    for name in reversed(inner):
+        options = {"init_args": {name: options}}
+    return f"--{root}.{option}={json.dumps(options)}"
 
 
 def check_class_names(arguments: list[str], roots: Mapping[str, type]) -> None:

@@ -10,7 +10,7 @@ from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.cli.loggers import make_loggers
 from lightning_dp.errors import ConfigurationError
-from tests.cli.runs import read_json, read_metrics
+from tests.cli.runs import TINY, read_json, read_metrics
 from tests.conftest import callbacks_for, trainer_for
 
 QUICK = ("--evaluate", "false")
@@ -232,6 +232,13 @@ class TestRest:
         released = "release/generator.safetensors"
         assert (tmp_path / "again" / released).read_bytes() == (tmp_path / "run" / released).read_bytes()
 
+    def test_null_for_an_option_of_an_option(self, fit, tmp_path):
+        """The parser would hand it on as the text None."""
+        assert fit("--trainer.max_steps", "1", "--model.generator.window", "null", *QUICK).code == 0
+        options = config_of(tmp_path / "run")["model"]["init_args"]["generator"]["init_args"]
+        assert options["window"] is None
+        assert options["image_shape"] == [1, 28, 28]
+
     def test_callbacks_of_the_user(self, fit, tmp_path):
         """One alone need not stand in a list; its learning rate is public."""
         assert fit("--trainer.callbacks", "LearningRateMonitor", "--trainer.max_steps", "2", *QUICK).code == 0
@@ -245,8 +252,6 @@ class TestRest:
         assert weights[0] != weights[1]
 
     def test_default_run_folder_is_named_after_the_experiment(self, cli, tmp_path, monkeypatch):
-        from tests.cli.runs import TINY
-
         monkeypatch.chdir(tmp_path)
         flags = ("--config", TINY, "--trainer.max_steps", "1", *QUICK)
         assert cli("fit", *flags, "--name", "mine").code == 0
