@@ -130,7 +130,8 @@ def _table_text(rows: "Iterable[tuple[str, ...]]", options: TableOptions) -> str
         f"By `{COMMAND}`, for a small version of each configuration (at most a hundred embedded digits, small "
         f"networks): noise multiplier {options.noise_multiplier:g}, delta {options.delta:g}, one release (whole "
         f"method: {options.steps}), {options.calls} releases of each world through the door, bounds at confidence "
-        f"{options.confidence:.0%}.",
+        f"{options.confidence:.0%}; a row in doubt at that confidence was measured once more, one that is violated "
+        "never.",
         "",
         f"| {' | '.join(_HEADER)} |",
         f"|{'---|' * len(_HEADER)}",
@@ -147,7 +148,11 @@ def _rows(configs: Path, *, options: TableOptions, only: str | None, done: set[t
             continue
         _logger.info(f"{pair.module} with {pair.mechanism}, {relation} ({path.stem})")
         planned = replace(run, privacy=replace(run.privacy, neighboring_relation=relation))
-        yield audit_pair(path.stem, planned, variants, level=str(pair.levels[relation]), options=options)
+        row = audit_pair(path.stem, planned, variants, level=str(pair.levels[relation]), options=options)
+        if row.verdict == "inconclusive":  # each audit doubts one right row in twenty; an alarm is never repeated
+            _logger.info("in doubt; once more with fresh noise")
+            row = audit_pair(path.stem, planned, variants, level=str(pair.levels[relation]), options=options)
+        yield row
 
 
 def table_pairs(

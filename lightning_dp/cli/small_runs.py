@@ -43,15 +43,19 @@ def smaller_model(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     model = config["model"]
     options = model.get("init_args", {})
-    flags: tuple[str, ...] = _MODELS.get(model["class_path"].rpartition(".")[2], ())
+    flags: tuple[str, ...] = ()
     teachers = options.get("teachers")
     if teachers is not None:
-        flags = (*_TEACHERS.get(teachers["class_path"].rpartition(".")[2], ()), *flags)
+        flags = _TEACHERS.get(teachers["class_path"].rpartition(".")[2], ())
         if options["generator"]["class_path"] == "GSWGANGenerator":
             flags = (*flags, "--model.generator.width", "8")
         if "teachers_per_round" in teachers.get("init_args", {}):
             flags = (*flags, "--model.teachers.teachers_per_round", "2")
-    return (*flags, "--model.expected_judges", "2") if "expected_judges" in options else flags
+    flags = (*flags, *_MODELS.get(model["class_path"].rpartition(".")[2], ()))
+    if "expected_judges" in options:
+        flags = (*flags, "--model.expected_judges", "2")
+    last = dict(zip(flags[::2], flags[1::2], strict=True))  # a flag may stand once; the method's counts
+    return tuple(part for pair in last.items() for part in pair)
 
 
 def small_data(config: Mapping[str, Any]) -> tuple[str, ...]:

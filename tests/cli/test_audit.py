@@ -3,6 +3,7 @@
 import contextlib
 import json
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,7 +193,6 @@ def test_plots_of_single_and_constant_values():
     assert audit_plot(result).startswith(b"\x89PNG")
 
 
-UNAUDITED = {"SemiDualSinkhorn"}  # its rows are still to be made; docs/guarantees.md says so
 OPTIONS = TableOptions(calls=16, draws=1000, confidence=0.95, delta=1e-5)
 
 
@@ -249,7 +249,22 @@ class TestTable:
         lines = _parts(ROOT / "docs" / "guarantees.md")[1].splitlines()
         cells = [line.split("|") for line in lines if line.startswith("| ")]
         rows = {(method.split()[0], mechanism.strip()) for _, method, mechanism, *_ in cells}
-        assert rows - {("method", "mechanism")} == {pair for pair in allowed if pair[0] not in UNAUDITED}
+        assert rows - {("method", "mechanism")} == allowed
+
+    @pytest.mark.parametrize(
+        ("verdicts", "last"),
+        [
+            (["inconclusive", "consistent"], "consistent"),
+            (["inconclusive"] * 2, "inconclusive"),
+            (["violated"], "violated"),
+        ],
+    )
+    def test_doubt_is_repeated_once_and_an_alarm_never(self, monkeypatch, verdicts, last):
+        monkeypatch.setattr("sys.argv", ["lightning-dp"])
+        left = list(verdicts)
+        monkeypatch.setattr(audit_table, "audit_pair", lambda *_, **__: replace(row("one"), verdict=left.pop(0)))
+        (found,) = audit_table._rows(ROOT / "configs" / "experiment", options=OPTIONS, only="dpmerf", done=set())
+        assert (found.verdict, left) == (last, [])
 
     def test_a_violated_row_shows_in_the_exit_code(self, tmp_path, monkeypatch):
         bad = TableRow((*row("one").cells[:-2], "violated (draws)", "2026-01-01"), "violated")

@@ -187,6 +187,8 @@ class TestState:
             torch.load(tmp_path / name / "private" / "last.ckpt", weights_only=True) for name in ("whole", "halves")
         )
         assert whole["round"] == resumed["round"] == PLANNED
+        for state, charged in ((whole, PLANNED), (resumed, PLANNED + 1)):  # who wrote which release differs
+            assert sum(state["state_dict"]["_extra_state"].pop("writers").values()) == charged
         assert same(whole["state_dict"], resumed["state_dict"])
         assert same(whole["teachers"], resumed["teachers"])
         assert same(whole["optimizer_states"], resumed["optimizer_states"])

@@ -122,7 +122,7 @@ class TestPlans:
         release([rows(0, 1, queries=slice(0, 2))], (2, 5), door=door)
         mechanism.charge, mechanism.output = "gaussian", "votes"
         release([rows(0, 1, queries=slice(0, 2))], (2, 5), door=door)
-        assert [event.kind for event, _ in door.ledger.counts()] == ["ternary", "gaussian"]
+        assert [event.kind for event, _ in door.ledger.counts()] == ["rounded_ternary", "rounded_gaussian"]
 
     def test_two_ledgers_cannot_share_noise(self):
         """Both have a release 1; the broken version draws the same noise for both, and their difference is exact."""
