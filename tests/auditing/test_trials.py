@@ -49,7 +49,7 @@ def test_the_right_mechanism():
 
 def test_half_the_noise():
     """Row "noise / W, W = 4": std .515, C 1.74 / 8.45 / 3.09, D 3.86 / 8.68."""
-    noise, worlds, one = audit_noise(half()), audit_two_worlds(half()), audit_one_run(half(), canaries=1000)
+    noise, worlds, one = audit_noise(half()), audit_two_worlds(half()), audit_one_run(half(), canaries=4000)
     assert 0.49 < noise.measured["std"] < 0.51
     assert 1.4 < worlds.measured["mu"] < 2.1
     assert worlds.lower_bound > CLAIMED

@@ -263,7 +263,9 @@ class TestTable:
         monkeypatch.setattr("sys.argv", ["lightning-dp"])
         left = list(verdicts)
         monkeypatch.setattr(audit_table, "audit_pair", lambda *_, **__: replace(row("one"), verdict=left.pop(0)))
-        (found,) = audit_table._rows(ROOT / "configs" / "experiment", options=OPTIONS, only="dpmerf", done=set())
+        found = next(
+            audit_table._rows(ROOT / "configs" / "experiment", options=OPTIONS, only="dpmerf", done=set())
+        )  # other tests make mechanisms as well
         assert (found.verdict, left) == (last, [])
 
     def test_a_violated_row_shows_in_the_exit_code(self, tmp_path, monkeypatch):
