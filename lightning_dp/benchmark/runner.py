@@ -5,7 +5,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -247,6 +247,8 @@ class Comparison:
         return self._note(open_record(job.cell, status, plan=job.plan, reason=reason), reporter)
 
     def _note(self, record: CellRecord, reporter: Reporter) -> None:
+        if record.reason is not None:  # reports are published, with no path of the machine
+            record = replace(record, reason=record.reason.replace(f"{self.folder}/", ""))
         self.records[record.cell] = record
         write_records(self.folder, self.records.values())
         reporter.ended(record)

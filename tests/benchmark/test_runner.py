@@ -163,6 +163,7 @@ def test_a_run_that_says_it_ended_and_left_no_card_has_failed(tmp_path):
     record = found.records["first-Gaussian-Digits-eps1-seed1"]
     assert record.status == "failed"
     assert "holds no card" in record.reason
+    assert str(tmp_path) not in record.reason  # it is published
 
 
 def test_finished_cells_are_skipped(tmp_path):
