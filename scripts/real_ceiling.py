@@ -15,6 +15,7 @@ from lightning_dp.evaluation.protocol import EvaluationProtocol, evaluate_sample
 
 
 def main() -> None:
+    """Judge real images as if a generator had made them, and print one line for each data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="Data modules, e.g. MNIST.")
     parser.add_argument("--root", type=Path, default=None, help="Data root (default: the usual places).")

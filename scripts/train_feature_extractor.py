@@ -46,6 +46,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> FeatureClassifier:
+    """Return a network trained on uint8 images, (N, 1, H, W), and labels 0..19, int64 (N,), of both data sets."""
     generator = torch.Generator().manual_seed(seed)
     network = FeatureClassifier(num_classes=20)
     initialise(network, generator)
@@ -78,6 +79,7 @@ def accuracies(network: FeatureClassifier, images: Tensor, labels: Tensor) -> di
 
 
 def main() -> None:
+    """Train the extractor on both public data sets, and write its weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder of the data sets; searched as by `lightning-dp fit` when left out")
     parser.add_argument("--output", type=Path, default=OUTPUT)
