@@ -215,7 +215,11 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._rounds += 1
 
     def _computing(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.compute == "bfloat16")
+        # Without its cache of rounded weights, kept by parameter: the loop backend puts one teacher after another into
+        # the same parameters, and all would work with the first one's.
+        return torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self.compute == "bfloat16", cache_enabled=False
+        )
 
     def _turn(self, step: int) -> tuple[slice, int]:
         """Return which of all teachers are trained in a round, and how many rounds they have had before: public."""

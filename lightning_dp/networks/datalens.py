@@ -49,6 +49,12 @@ def _reset(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def _normed(norm: nn.Module, values: Tensor) -> Tensor:
+    """Return normalised values; statistics are taken in the precision of the gain, also under autocast."""
+    normed: Tensor = norm(values.to(norm.weight.dtype))
+    return normed
+
+
 class DataLensDiscriminator(Discriminator):
     """The DataLens discriminator: two strided convolutions, one hidden layer, the label joined at every level.
 
@@ -81,10 +87,10 @@ class DataLensDiscriminator(Discriminator):
 
     def forward(self, samples: Tensor, one_hot: Tensor) -> Tensor:  # noqa: D102
         maps = F.leaky_relu(self.conv0(_with_label_planes(samples, one_hot)), LEAK)
-        maps = F.leaky_relu(self.norm1(self.conv1(_with_label_planes(maps, one_hot))), LEAK)
+        maps = F.leaky_relu(_normed(self.norm1, self.conv1(_with_label_planes(maps, one_hot))), LEAK)
         # The published program flattens channels last; the order matters to whoever ports its weights.
         flat = maps.permute(0, 2, 3, 1).flatten(1)
-        features = F.leaky_relu(self.norm2(self.fc2(torch.cat([flat, one_hot], dim=1))), LEAK)
+        features = F.leaky_relu(_normed(self.norm2, self.fc2(torch.cat([flat, one_hot], dim=1))), LEAK)
         logits: Tensor = self.fc3(torch.cat([features, one_hot], dim=1))
         return logits.squeeze(1)
 

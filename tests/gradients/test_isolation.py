@@ -37,6 +37,13 @@ class PrivateLabels(DiscriminatorTeachers):
         return samples, one_hot
 
 
+class CachedWeights(DiscriminatorTeachers):
+    """Broken twin: autocast keeps the rounded weights of a chunk's first teacher, and the loop uses them for all."""
+
+    def _computing(self):
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.compute == "bfloat16")
+
+
 def make_shards(kind):
     source = torch.Generator().manual_seed(1)
     num = TEACHERS * BATCH
@@ -53,9 +60,10 @@ def make_shards(kind):
     return TeacherShards(images, labels, assignment, TEACHERS)
 
 
-def three_rounds(ensemble, kind, network, backend, batch_size=BATCH):
+def three_rounds(ensemble, kind, network, backend, **settings):
     """Run three rounds against a generator that moves by a fixed transcript of aggregates."""
-    teachers = ensemble(network, num_teachers=TEACHERS, backend=backend, chunk_size=2, batch_size=batch_size)
+    settings = {"chunk_size": 2, "batch_size": BATCH, **settings}
+    teachers = ensemble(network, num_teachers=TEACHERS, backend=backend, **settings)
     teachers.bind(make_shards(kind), num_classes=CLASSES, image_shape=SHAPE, device="cpu", seed=7)
     torch.manual_seed(0)
     generator = DataLensGenerator(SHAPE, CLASSES, latent_dim=4)
@@ -92,6 +100,19 @@ def test_replacing_a_record_changes_its_own_teacher_only(network, backend):
 def test_removing_a_record_changes_its_own_teacher_only(network, backend):
     # The batch stays below N // T of both, as the number of records is public.
     assert changed_teachers(DiscriminatorTeachers, "removed", network, backend, batch_size=BATCH - 1) == {VICTIM}
+
+
+@pytest.mark.parametrize(("network", "backend"), ALL)
+def test_in_bfloat16_a_record_changes_its_own_teacher_only(network, backend):
+    found = changed_teachers(DiscriminatorTeachers, "replaced", network, backend, compute="bfloat16")
+    assert found == {VICTIM}
+
+
+@pytest.mark.parametrize("network", ["datalens", "small_conv", "mlp"])
+def test_the_check_catches_weights_that_autocast_keeps(network):
+    """The victim comes first in its chunk, (2, 3)."""
+    found = changed_teachers(CachedWeights, "replaced", network, "loop", compute="bfloat16")
+    assert found == {VICTIM, VICTIM + 1}
 
 
 @pytest.mark.parametrize(("network", "backend"), ALL)
