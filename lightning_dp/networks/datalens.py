@@ -49,7 +49,7 @@ def _reset(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def _normed(norm: nn.Module, values: Tensor) -> Tensor:
+def _normed(norm: nn.BatchNorm1d | nn.BatchNorm2d, values: Tensor) -> Tensor:
     """Return normalised values; statistics are taken in the precision of the gain, also under autocast."""
     normed: Tensor = norm(values.to(norm.weight.dtype))
     return normed
