@@ -9,6 +9,7 @@ one run, and the fastest step counts. Tables of a GPU are written beside those o
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def devices() -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run benchmarks; the exit code is 1 when a target is missed."""
+    """Run benchmarks; the exit code is 1 when one fails or a target is missed."""
     names = [*benchmarks_of("cpu"), "ranks"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=names, help="run this one; may be given several times")
@@ -49,13 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--docs", type=Path, metavar="FILE", default=DOCUMENT, help="the document (docs/performance.md)"
     )
     options = parser.parse_args(arguments)
-    tables, wanted = [], options.only or names
+    tables: list[Table] = []
+    failed: list[str] = []
+    wanted = options.only or names
     for device in options.device or devices():
         for name, run in benchmarks_of(device).items():
             if name not in wanted:
                 continue
             print(f"{name} ({device})", file=sys.stderr, flush=True)
-            table = run(options.quick)
+            try:
+                table = run(options.quick)
+            except Exception:  # hours may lie before and behind it
+                traceback.print_exc()
+                failed.append(name)
+                continue
             text = table.markdown(conditions(device, quick=options.quick))
             write_between_markers(options.docs, table, text)
             print(text, flush=True)
@@ -64,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps([table.to_dict() for table in tables], indent=2) + "\n")
     if "ranks" in wanted and "cpu" in (options.device or ["cpu"]):
         ranks.main(["--write", str(options.docs), *["--quick"] * options.quick])
-    return int(not all(is_met for table in tables for is_met in table.targets.values()))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed) or not all(is_met for table in tables for is_met in table.targets.values()))
 
 
 if __name__ == "__main__":

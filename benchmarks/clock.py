@@ -1,7 +1,8 @@
 """The clock and the memory of a device: CPU seconds of this process, or those of the wall around a GPU's work."""
 
-import resource
 import time
+
+from lightning_dp.evaluation.peak_memory import peak_resident_bytes
 
 
 def now(device: str) -> float:
@@ -17,7 +18,7 @@ def now(device: str) -> float:
 def peak_bytes(device: str) -> int:
     """Return the most memory that was held so far: resident in this process, or allocated on a GPU."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident_bytes()
     import torch
 
     return torch.cuda.max_memory_allocated()

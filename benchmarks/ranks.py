@@ -10,7 +10,6 @@ process, which is what a step would take with a core for each, and of all togeth
 import argparse
 import json
 import os
-import resource
 import socket
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from lightning_dp.evaluation.peak_memory import peak_resident_bytes
 
 HEADING = "## Processes"
 METHODS = ("records", "two optimizers", "energy teachers", "trained teachers", "joint")
@@ -109,8 +110,7 @@ def _timed(module: Any, mechanism: Any, relation: str, *, steps: int) -> dict[st
         )
         trainer.fit(module, datamodule=EmbeddedDigits())
     steps_taken = [after - before for before, after in pairwise(taken[1:])]  # the first one pretrains
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"cpu_s": statistics.median(steps_taken), "peak_bytes": float(peak)}
+    return {"cpu_s": statistics.median(steps_taken), "peak_bytes": float(peak_resident_bytes())}
 
 
 def constants(repeats: int) -> dict[str, float]:

@@ -4,8 +4,6 @@ import datetime
 import json
 import os
 import platform
-import resource
-import sys
 import time
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +19,7 @@ from callbacks.evaluate_generator import EvaluateGenerator
 from callbacks.gradient_privatizer import GradientPrivatizer, run_summary
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.evaluation.peak_memory import peak_resident_bytes
 from lightning_dp.evaluation.report import RunCard, write_run_card
 from lightning_dp.modules.base import PrivateModule
 from lightning_dp.modules.published import save_released
@@ -175,8 +174,7 @@ class RunFolder(pl.Callback):
 
 
 def _peak_memory_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+    return peak_resident_bytes() / 1024**2
 
 
 def _total_memory_gb() -> float:
