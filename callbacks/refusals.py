@@ -1,6 +1,7 @@
 """What would spoil the guarantee: trainer settings, and layers that couple records; refused before a record is read."""
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
@@ -31,6 +32,7 @@ def refuse_settings(trainer: pl.Trainer, *, raw_telemetry: bool) -> None:
             "(--wandb offline)."
         )
     _refuse_open_checkpoints(trainer)
+    _ignore_requeue_signals(trainer)
     if trainer.gradient_clip_val:
         raise ConfigurationError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val} would change gradients after their release; "
@@ -57,6 +59,13 @@ def _refuse_open_checkpoints(trainer: pl.Trainer) -> None:
                 f"{type(callback).__name__} would write teachers and optimizer states where others can read them; pass "
                 "Trainer(enable_checkpointing=False), or a callbacks.PrivateCheckpoint, which can resume too."
             )
+
+
+def _ignore_requeue_signals(trainer: pl.Trainer) -> None:
+    """Switch off what Lightning does when SLURM takes a job back: a checkpoint in mid-step, where others read it."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
 
 
 def refuse_coupled_records(module: PrivateModule) -> None:
