@@ -16,7 +16,7 @@ from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
 from lightning_dp.accounting.plan import plan_header
 from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
-from lightning_dp.mechanisms.base import Mechanism, ReleasePlan
+from lightning_dp.mechanisms.base import Mechanism, NoiseLaw, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.modules.base import PrivateModule, PublicFacts
 from lightning_dp.modules.release import ReleaseSession
@@ -114,7 +114,9 @@ class GradientPrivatizer(pl.Callback):
             return {}
         if not module.can_warm_start:
             raise ConfigurationError(f"{type(module).__name__} has no warm start; leave --warm_start out.")
-        mechanism = _stand_in() if self.mechanism.is_private else self.mechanism  # sums want plain Gaussian noise
+        # Sums want the Gaussian mechanism; its noise is exact if that of all other releases is, else no claim says so.
+        noise: NoiseLaw = "gaussian" if self.mechanism.noise == "gaussian" else "rounded_gaussian"
+        mechanism = _stand_in(noise) if self.mechanism.is_private else self.mechanism
         self._warm = self.warm_start.plan_release(data, self.accountant.privacy, mechanism)
         return {(self._warm.event, self._warm.sampling): 1}
 
@@ -278,10 +280,10 @@ class GradientPrivatizer(pl.Callback):
             )
 
 
-def _stand_in() -> Mechanism:
+def _stand_in(noise: NoiseLaw = "gaussian") -> Mechanism:
     from lightning_dp.mechanisms.gaussian import Gaussian
 
-    return Gaussian()
+    return Gaussian(noise=noise)
 
 
 def run_summary(privatizer: GradientPrivatizer) -> dict[str, Any]:

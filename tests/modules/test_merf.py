@@ -178,3 +178,13 @@ def test_without_noise_it_learns_the_classes(tmp_path):
 def test_bad_options_are_refused(options, words):
     with pytest.raises(ConfigurationError, match=words):
         tiny_module(**options)
+
+
+@pytest.mark.parametrize("law", ["rounded_gaussian", "discrete_gaussian"])
+def test_its_sums_meet_exact_noise_where_it_is_asked_for(tmp_path, law):
+    own = callbacks_for(Gaussian(noise=law), neighboring_relation="add_or_remove_one", target_epsilon=2.0)
+    trainer_for(tmp_path, own, 2).fit(tiny_module(), datamodule=TinyData())
+    assert [event.kind for event, _ in own[1].ledger.counts()] == [law]
+    claim = own[1].claim()
+    assert claim.level == "PROVED"
+    assert not any("floating-point sampler" in text for text in claim.not_covered)

@@ -350,3 +350,13 @@ def test_data_that_do_not_fit_are_refused(tmp_path):
     module = MomentsModule(ClassGaussianGenerator((1, 8, 8), num_classes=3, num_coefficients=6))
     with pytest.raises(ConfigurationError, match="the data are"):
         trainer_for(tmp_path, callbacks_for(Gaussian()), 1).fit(module, datamodule=TinyData())
+
+
+@pytest.mark.parametrize("law", ["rounded_gaussian", "discrete_gaussian"])
+def test_its_sums_meet_exact_noise_where_it_is_asked_for(tmp_path, law):
+    own = callbacks_for(Gaussian(noise=law), neighboring_relation="add_or_remove_one", target_epsilon=2.0)
+    trainer_for(tmp_path, own, 2).fit(tiny_module(), datamodule=TinyData())
+    assert [event.kind for event, _ in own[1].ledger.counts()] == [law]
+    claim = own[1].claim()
+    assert claim.level == "PROVED"
+    assert not any("floating-point sampler" in text for text in claim.not_covered)

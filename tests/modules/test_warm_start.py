@@ -68,6 +68,33 @@ def test_both_kinds_of_release_stand_in_one_ledger_within_one_budget(tmp_path, c
     assert "Gaussian (warm start)" in accountant.claim().statement()
 
 
+FLOATING = "the gap between real-valued noise and the floating-point sampler"
+
+
+@pytest.mark.parametrize(
+    ("make", "mechanism", "relation"),
+    [
+        (tiny_gan, TopAgg(top_k=4), "replace_one"),  # whole noise is its default
+        (tiny_vae, Gaussian(noise="rounded_gaussian"), "add_or_remove_one"),
+        (tiny_gan, TopAgg(top_k=4, noise="discrete_gaussian"), "replace_one"),
+    ],
+    ids=["default", "asked for", "discrete"],
+)
+def test_its_noise_is_exact_where_that_of_the_method_is(tmp_path, monkeypatch, make, mechanism, relation):
+    """The broken twin draws its own in floating point, and the claim of the whole run cannot say that gap is closed."""
+    options = {"neighboring_relation": relation, "target_epsilon": 3.0}
+    accountant = fit(tmp_path, make(), mechanism, **options)
+    first = accountant.ledger.entries[0].event
+    assert first.is_exact
+    assert first.kind == "rounded_gaussian"  # the cheaper of both exact laws
+    assert FLOATING not in accountant.claim().not_covered
+    with monkeypatch.context() as patch:
+        patch.setattr("callbacks.gradient_privatizer._stand_in", lambda noise="gaussian": Gaussian())
+        assert FLOATING in fit(tmp_path, make(), mechanism, **options).claim().not_covered
+    floating = type(mechanism)(**{**({"top_k": 4} if make is tiny_gan else {}), "noise": "gaussian"})
+    assert FLOATING in fit(tmp_path, make(), floating, **options).claim().not_covered
+
+
 def test_a_run_that_forgets_the_first_release_is_refused(tmp_path, monkeypatch):
     """The broken twin plans as if the warm start were free: the last release would cross the budget."""
     monkeypatch.setattr(GradientPrivatizer, "_plan_warm_start", free_of_charge)
