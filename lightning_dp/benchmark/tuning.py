@@ -23,7 +23,7 @@ from lightning_dp.accounting.budget_request import DatasetBudgetSettings, RunReq
 from lightning_dp.accounting.claim import PrivacyClaim
 from lightning_dp.accounting.claiming import claim_from_ledger
 from lightning_dp.accounting.composition import Counts
-from lightning_dp.accounting.coverage import default_not_covered
+from lightning_dp.accounting.coverage import selection_not_covered
 from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.accounting.filters import joined
@@ -254,7 +254,6 @@ class Tuning:
         mechanisms = ", ".join(_each([str(header["mechanism"])] for header in headers))
         sampled = [how for plan in self._plans() for _, how in plan if not how.executed]
         charge = self._charge()
-        usual = [text for text in default_not_covered(charge) if not text.startswith("the choice of hyper")]
         return {
             **{name: headers[0].get(name) for name in _SAME},
             "run_id": self._run_id,
@@ -267,9 +266,8 @@ class Tuning:
             ],
             "conditional_on": _each(header.get("conditional_on", ()) for header in headers),
             "not_covered": [
-                "the choice of the candidates and of how to draw them, if it looked at the private records",
+                *selection_not_covered(charge, is_random=self.law is not None),
                 *self.score.not_covered(str(headers[0].get("dataset"))),
-                *usual,
             ],
             "plan": {"candidates": sorted(self.candidates), "score": self.score.name},
             "planned": plan_header(charge),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.budget_state import NOT_COVERED as OF_A_BUDGET
 from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
 from lightning_dp.accounting.claiming import make_claim
-from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED, default_not_covered, selection_not_covered
 from lightning_dp.accounting.events import (
     GaussianRelease,
     NonPrivateRelease,
@@ -21,7 +23,9 @@ from lightning_dp.accounting.events import (
     ZCDPRelease,
 )
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.benchmark.spending import _NOT_COVERED as OF_A_COMPARISON
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.modules import release
 
 FULL = Sampling(scheme="full")
 POISSON = Sampling(scheme="poisson", rate=0.01)
@@ -52,6 +56,17 @@ def test_default_scope_names_what_is_not_covered():
     text = " ".join(DEFAULT_NOT_COVERED)
     for part in ("hyper-parameters", "labels", "number of records", "floating-point", "time and memory", "other runs"):
         assert part in text
+
+
+def test_every_claim_names_what_is_left_to_the_word_of_an_author():
+    """Every class of the door that calls itself a promise, and weights, which no door sees."""
+    promises = re.findall(r'^class (\w+):\n    """A promise:', Path(release.__file__).read_text(), re.MULTILINE)
+    assert {"PublicRows", "PublicSamples"} <= set(promises)
+    exact = (RoundedGaussianRelease(noise_std=5000.0, l2_sensitivity=100.0), FULL)
+    of_runs = (DEFAULT_NOT_COVERED, default_not_covered({exact: 1}), OF_A_BUDGET, OF_A_COMPARISON)
+    for texts in (*of_runs, *(selection_not_covered(COUNTS, is_random=random) for random in (True, False))):
+        for name in (*promises, "initial weights", "Released.map"):
+            assert any(name in text for text in texts), name
 
 
 def test_the_gap_of_floating_point_is_closed_only_if_all_noise_was_drawn_exactly():

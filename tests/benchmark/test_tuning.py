@@ -336,6 +336,15 @@ def test_the_claim_says_whose_records_the_score_read(tmp_path):
     assert "computed from them without noise" in found["training"].statement()
 
 
+def test_the_claim_says_what_the_time_of_a_random_number_of_runs_tells(tmp_path):
+    """Whoever knows when it began and ended knows roughly how many runs were made, which the price takes as unknown."""
+    found = {name: tuning(tmp_path / name, law=law).plan() for name, law in (("random", LAW), ("all", None))}
+    assert any("roughly how many runs" in text for text in found["random"].not_covered)
+    assert not any("roughly how many runs" in text for text in found["all"].not_covered)
+    for claim in found.values():
+        assert sum(text.startswith("time and memory") for text in claim.not_covered) == 1
+
+
 def test_lower_is_better_for_a_distance(tmp_path, draw):
     draw(2)
     best = tuning(tmp_path, score="fid").run(Backend())
