@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks
 
 _logger = logging.getLogger(__name__)
-_SAMPLED_EPSILON_POINTS = 50
-_EPSILON_SHARE = 0.02  # of a run's time, at most, goes into showing epsilon
+_SAMPLED_EPSILON_POINTS = 10  # of a run, at most; which they are follows from the plan alone, and from no clock,
+_RELEASES_BETWEEN = 100  # for the time of a step tells how many records it drew
 
 
 class PrivacyAccountant(pl.Callback):
@@ -63,7 +62,6 @@ class PrivacyAccountant(pl.Callback):
         self._num_restored = 0
         self._next: tuple[ReleaseEvent, Sampling] | None = None
         self._ranks = ALONE
-        self._speaks_again_at = 0.0
         self._member: BudgetMember | None = None
 
     @property
@@ -165,11 +163,8 @@ class PrivacyAccountant(pl.Callback):
     def speak(self) -> None:
         """Bring `epsilon` up to the newest release; where records are sampled, that can take longer than a step."""
         if self.epsilon_releases != len(self.ledger):
-            start = time.perf_counter()
             self.epsilon = spent_epsilon(self.ledger, accountant=self.privacy.accountant)
             self.epsilon_releases = len(self.ledger)
-            now = time.perf_counter()
-            self._speaks_again_at = now + (now - start) / _EPSILON_SHARE
 
     def claim(self) -> PrivacyClaim:
         """Return what can be said of everything released so far."""
@@ -245,16 +240,13 @@ class PrivacyAccountant(pl.Callback):
         self._stop_if_spent(trainer)
 
     def _is_time_to_speak(self) -> bool:
-        """Tell whether epsilon is computed after this release, and here."""
+        """Tell whether epsilon is computed after this release, and here; public, as the plan and the count are."""
         if self._ranks.rank > 0:
             return False
         if all(sampling.rate == 1.0 for _, sampling in self.ledger.counts()):
             return True
         done, planned = len(self.ledger), self._budget.num_releases
-        if done >= planned:
-            return True
-        is_a_point = done % max(1, planned // _SAMPLED_EPSILON_POINTS) == 0
-        return is_a_point and time.perf_counter() >= self._speaks_again_at
+        return done >= planned or done % max(_RELEASES_BETWEEN, planned // _SAMPLED_EPSILON_POINTS) == 0
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         if not self._ranks.first(self._is_spent):

@@ -75,14 +75,14 @@ def refuse_coupled_records(module: PrivateModule) -> None:
         module: The method, after `describe_data`.
 
     Raises:
-        ConfigurationError: A released network normalises over its batch.
+        ConfigurationError: A network normalises over a batch of records.
     """
     if module.contribution_spec().kind != "record":
         return
-    # Networks that never see a record (a generator that learns from a released critic) may mix their own fakes.
+    # Networks that no record passes through (a generator that learns from a released critic) may mix their own fakes.
     coupled = [
         f"{part}.{name}"
-        for part, network in module.released_networks().items()
+        for part, network in module.networks_of_records().items()
         for name, layer in network.named_modules()
         if isinstance(layer, _BATCH_NORMS)
     ]

@@ -1,13 +1,16 @@
 """Methods that count their steps and may publish a moving average of what they train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.guard import ReleaseGuard
 from lightning_dp.modules.options import check_decay
+from lightning_dp.modules.release import ReleaseSession
 from lightning_dp.networks.ema import ExponentialMovingAverage
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -29,6 +32,7 @@ class AveragedModule(PrivateModule):
         self.ema_decay = ema_decay
         self.average: ExponentialMovingAverage | None = None
         self._followed: Callable[[], nn.Module]
+        self._average_guard: ReleaseGuard | None = None
         self._round = 0
 
     def keep_average(self, network: nn.Module) -> None:
@@ -57,8 +61,27 @@ class AveragedModule(PrivateModule):
     def finish_step(self, *, with_average: bool = True) -> None:
         """Move the average (if what it follows has moved) and count the step; the last call of a training step."""
         if self.average is not None and with_average:
+            self.check_published()  # an edit after the guarded step would be averaged in
             self.average.update(self._followed())
+            if self._average_guard is not None:
+                self._average_guard.remember()
         self._round += 1
+
+    @override
+    def attach(self, session: ReleaseSession, optimizers: Iterable[Optimizer]) -> None:
+        super().attach(session, optimizers)
+        if self.average is not None:
+            self._average_guard = ReleaseGuard(self.average.network.parameters())
+
+    @override
+    def check_published(self) -> None:
+        super().check_published()
+        if self._average_guard is not None:
+            self._average_guard.check_parameters()
+
+    @override
+    def published_source(self) -> nn.Module:
+        return super().published_source() if self.average is None else self._followed()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

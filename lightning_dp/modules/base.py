@@ -140,6 +140,14 @@ class PrivateModule(pl.LightningModule, ABC):
         """Return the network that is published; the generator, unless the method trains another thing."""
         return self.released_generator()
 
+    def published_source(self) -> nn.Module:
+        """Return the network whose guarded steps make the published one; itself, unless an average is published."""
+        return self.released_model()
+
+    def networks_of_records(self) -> dict[str, nn.Module]:
+        """Return the networks that records pass through where rows are made: those that leave, by default."""
+        return self.released_networks()
+
     def evaluate_released(
         self, test_images: Tensor, test_labels: Tensor, protocol: EvaluationProtocol, *, seed: int
     ) -> EvaluationResult | ClassificationResult:
@@ -224,8 +232,15 @@ class PrivateModule(pl.LightningModule, ABC):
             optimizers: All optimizers of the run; those of released networks are watched.
 
         Raises:
-            PrivacyProtocolError: The ledger does not hold all releases that the module has learned from.
+            PrivacyProtocolError: The ledger does not hold all releases that the module has learned from, or a network
+                is published that is none of the released ones.
         """
+        guarded = {id(parameter) for parameter in self._released_parameters()}
+        if any(id(parameter) not in guarded for parameter in self.published_source().parameters()):
+            raise PrivacyProtocolError(
+                f"{type(self).__name__} publishes parameters that nobody watches; return their network from "
+                "released_networks(), so that its optimizer steps on released gradients alone."
+            )
         held = session.ledger.writers()
         lacks_own = any(held.get(writer, 0) < count for writer, count in self._absorbed_writers.items())
         if len(session.ledger) < self._absorbed_releases or lacks_own:

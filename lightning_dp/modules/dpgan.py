@@ -18,7 +18,7 @@ from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
 from lightning_dp.modules.imitation import batches, descend, imitate
 from lightning_dp.modules.options import check_betas, check_positive
 from lightning_dp.modules.records import RecordModule
-from lightning_dp.modules.release import PublicRows, PublicSamples
+from lightning_dp.modules.release import PublicRows, PublicSamples, Released
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.discriminator import Discriminator
 from lightning_dp.networks.generator import Generator
@@ -36,7 +36,8 @@ class DPGAN(RecordModule):
     against the critic.
 
     Guarantee: only critic steps see records, each record in the one row that is its own gradient. Fakes are public, so
-    their half costs nothing; generator, schedule and moving average are computed from the released critic alone.
+    their half costs nothing; generator, schedule and moving average are computed from the released critic alone, and
+    the guard lets the generator step on nothing but what came back through that critic, from fakes.
 
     Differs: the fakes' gradients are added after the noise instead of before it, which is the same sum.
 
@@ -117,7 +118,11 @@ class DPGAN(RecordModule):
 
     @override
     def released_networks(self) -> dict[str, nn.Module]:
-        """Return the critic, the one network that learns from records; the generator learns from it alone."""
+        """Return generator and critic: neither steps on anything but what was released, or follows from it."""
+        return {"generator": self.generator, "critic": self.critic}
+
+    @override
+    def networks_of_records(self) -> dict[str, nn.Module]:
         return {"critic": self.critic}
 
     @override
@@ -167,7 +172,7 @@ class DPGAN(RecordModule):
         is_due = self.schedule.after_critic_step()
         if is_due:
             # The inner optimizer: Lightning's would count the step, and end the run before its last release.
-            self._train_generator(generator.optimizer)
+            self._train_generator(generator.optimizer, released)
         self.finish_step(with_average=is_due)
 
     @override
@@ -207,18 +212,21 @@ class DPGAN(RecordModule):
         labels = torch.randint(self.generator.num_classes, (self.num_fakes,), generator=stream).to(self.device)
         return self.generator(self.generator.sample_latent(self.num_fakes, stream), labels), labels
 
-    def _train_generator(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take one generator step against the critic, which is released: no record is seen."""
+    def _train_generator(self, optimizer: torch.optim.Optimizer, released: Released) -> None:
+        """Take one generator step against the critic, which is released: no record is seen.
+
+        Args:
+            optimizer: The generator's.
+            released: The release that the critic has stepped on; what follows is its post-processing.
+        """
         fakes, labels = self._fakes(_GENERATOR_FAKES)
-        logits = self.critic(self._seen(fakes), one_hot(labels, self.generator.num_classes))
+        seen = fakes.detach().requires_grad_()
+        logits = self.critic(self._seen(seen), one_hot(labels, self.generator.num_classes))
         accuracy = (logits.detach() < 0).float().mean()
         self.ranks.same([accuracy])
         self.schedule.before_generator_step(accuracy.item())
-        parameters = [parameter for parameter in self.generator.parameters() if parameter.requires_grad]
-        gradients = torch.autograd.grad(F.softplus(-logits).mean(), parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.ranks.same([gradient for gradient in gradients if gradient is not None])
+        (slope,) = torch.autograd.grad(F.softplus(-logits).mean(), seen)
+        self.backward_released(fakes, released.map(lambda _: -slope))
         optimizer.step()
         self.log("public/critic_steps", float(self.schedule.critic_steps))
         self.log("public/fake_accuracy", float(self.schedule.fake_accuracy or 0.0))

@@ -28,7 +28,7 @@ class ReleaseGuard:
         self._parameters = list(parameters)
         self._admitted: dict[int, Tensor] = {}
         self._expected: list[Tensor] = []
-        self._remember()
+        self.remember()
 
     def watch(self, optimizer: Optimizer) -> None:
         """Check every step of an optimizer that holds parameters of released networks."""
@@ -40,6 +40,10 @@ class ReleaseGuard:
     def admit(self) -> None:
         """Take the present gradients as released; called where a released value has just been back-propagated."""
         self._admitted = {id(p): p.grad.detach().clone() for p in self._parameters if p.grad is not None}
+
+    def remember(self) -> None:
+        """Take the present parameters as what a guarded step has left."""
+        self._expected = [parameter.detach().clone() for parameter in self._parameters]
 
     def check_parameters(self) -> None:
         """See that no parameter has moved since the last guarded step; asked before each step and before publishing.
@@ -61,7 +65,7 @@ class ReleaseGuard:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._check_gradients(optimizer)
-        self._remember()
+        self.remember()
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
         mine = {id(parameter) for parameter in self._parameters}
@@ -75,9 +79,6 @@ class ReleaseGuard:
                         "An optimizer of a released network was about to step on a gradient that did not come from a "
                         "release (or was changed since). Use self.backward_released(outputs, self.release(...))."
                     )
-
-    def _remember(self) -> None:
-        self._expected = [parameter.detach().clone() for parameter in self._parameters]
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The accountant logs epsilon only where it is proved, never crosses the budget, and never forgets a release."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -91,26 +92,30 @@ class TestLog:
 class TestSampledEpsilon:
     """Where records are sampled, an epsilon takes longer than a step."""
 
-    @pytest.mark.parametrize(("step_s", "epsilon_s", "points"), [(0.1, 0.1, 50), (0.1, 5.0, 5), (1e-4, 9.0, 2)])
-    def test_showing_it_takes_a_fiftieth_of_the_time_at_most(self, monkeypatch, step_s, epsilon_s, points):
-        now, spoken = [0.0], []
-
-        def slow_epsilon(ledger, **_):
-            now[0] += epsilon_s
-            spoken.append(len(ledger))
-            return 1.0
-
-        monkeypatch.setattr("callbacks.privacy_accountant.time.perf_counter", lambda: now[0])
-        monkeypatch.setattr("callbacks.privacy_accountant.spent_epsilon", slow_epsilon)
-        accountant = opened(num_releases=10_000, epsilon=1.0)
-        for _ in range(10_000):
+    def spoken(self, monkeypatch, planned, clock):
+        found = []
+        monkeypatch.setattr("time.perf_counter", clock)
+        monkeypatch.setattr("time.monotonic", clock)
+        monkeypatch.setattr("time.time", clock)
+        monkeypatch.setattr(
+            "callbacks.privacy_accountant.spent_epsilon", lambda ledger, **_: found.append(len(ledger)) or 1.0
+        )
+        accountant = opened(num_releases=planned, epsilon=1.0)
+        for _ in range(planned):
             accountant.ledger.append(EVENT, Sampling(scheme="poisson", rate=0.01))
-            now[0] += step_s
             if accountant._is_time_to_speak():
                 accountant.speak()
-        assert len(spoken) == points  # the last one among them, whatever it costs
-        assert spoken[0] == 200
-        assert spoken[-1] == 10_000 == accountant.epsilon_releases
+        assert accountant.epsilon_releases == planned
+        return found
+
+    @pytest.mark.parametrize(("planned", "points"), [(10_000, 10), (220, 3), (7, 1)])
+    def test_when_it_is_shown_follows_from_the_plan_and_from_no_clock(self, monkeypatch, planned, points):
+        """Steps take longer when they draw more records, so a rule that looks at the clock shows something of that."""
+        slow, still = itertools.count(0.0, 9.0), itertools.repeat(0.0)
+        found = [self.spoken(monkeypatch, planned, ticks.__next__) for ticks in (slow, still)]
+        assert found[0] == found[1]
+        assert len(found[0]) == points  # the last one among them, whatever it costs
+        assert found[0][-1] == planned
 
 
 class TestBudget:

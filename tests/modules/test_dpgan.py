@@ -15,6 +15,7 @@ from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.published import load_generator
+from lightning_dp.modules.release import _DOOR, Released
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator
 from tests.conftest import TinyData, callbacks_for, trainer_for
@@ -22,6 +23,7 @@ from tests.contracts.records import moves
 
 SHAPE = (1, 8, 8)
 # Given noise: calibrating it takes seconds.
+RELEASED = Released(torch.zeros(1), 1, _DOOR)
 PRIVACY = {"neighboring_relation": "add_or_remove_one", "target_epsilon": None, "noise_multiplier": 8.0}
 
 
@@ -132,7 +134,7 @@ def test_the_generator_steps_once_after_each_rung_of_critic_steps(tmp_path, monk
     seen = []
     original = DPGAN._train_generator
     monkeypatch.setattr(
-        DPGAN, "_train_generator", lambda self, optimizer: seen.append(self._round) or original(self, optimizer)
+        DPGAN, "_train_generator", lambda self, *given: seen.append(self._round) or original(self, *given)
     )
     train(tmp_path, tiny_dpgan(critic_ladder=(3,)), max_steps=7)
     assert seen == [2, 5]
@@ -144,7 +146,7 @@ def test_a_fixed_schedule_moves_the_generator_against_the_critic(tmp_path):
     hot = F.one_hot(labels, 2).float()
     before = module.critic(fakes, hot).mean()
     module.log = lambda *_: None
-    module._train_generator(torch.optim.SGD(module.generator.parameters(), lr=0.5))
+    module._train_generator(torch.optim.SGD(module.generator.parameters(), lr=0.5), RELEASED)
     after = module.critic(module._fakes(1)[0], hot).mean()
     assert after > before
 
@@ -156,7 +158,7 @@ def test_the_schedule_does_not_see_the_records(tmp_path):
         module = tiny_dpgan()
         module.trainer = type("Stub", (), {"datamodule": TinyData(data_seed=data_seed)})()
         module.log = lambda *_: None
-        module._train_generator(torch.optim.SGD(module.generator.parameters(), lr=0.1))
+        module._train_generator(torch.optim.SGD(module.generator.parameters(), lr=0.1), RELEASED)
         told.append((module.schedule.fake_accuracy, flat(module.generator)))
     assert told[0][0] == told[1][0]
     assert torch.equal(told[0][1], told[1][1])
@@ -175,6 +177,40 @@ def test_the_critic_refuses_a_gradient_that_was_not_released(tmp_path):
     module.__class__ = Direct
     with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
         train(tmp_path, module)
+
+
+class LearnsFromRecords(DPGAN):
+    """The bug: the generator is drawn to the mean of the records, beside the critic."""
+
+    def _train_generator(self, optimizer, released):
+        fakes, _ = self._fakes(1)
+        (fakes.mean(0) - self.images_of(torch.arange(40)).mean(0)).square().sum().backward()
+        optimizer.step()
+
+
+class AddsRecords(DPGAN):
+    """The bug: a gradient of records rides along with the critic's."""
+
+    def backward_released(self, outputs, released):
+        super().backward_released(outputs, released)
+        for parameter in self.generator.parameters():
+            parameter.grad.add_(self.images_of(torch.arange(40)).mean())
+
+
+@pytest.mark.parametrize("kind", [LearnsFromRecords, AddsRecords])
+def test_the_generator_refuses_a_gradient_that_did_not_come_through_the_critic(tmp_path, kind):
+    module = tiny_dpgan()
+    module.__class__ = kind
+    with pytest.raises(PrivacyProtocolError, match="did not come from a release"):
+        train(tmp_path, module)
+
+
+def test_a_generator_without_a_guard_is_refused(tmp_path, monkeypatch):
+    """The broken twin watches the critic alone, though the generator is what is published."""
+    monkeypatch.setattr(DPGAN, "released_networks", lambda self: {"critic": self.critic})
+    for module in (tiny_dpgan(), tiny_dpgan(ema_decay=0.9)):
+        with pytest.raises(PrivacyProtocolError, match="publishes parameters that nobody watches"):
+            train(tmp_path, module)
 
 
 def test_only_the_generator_is_released(tmp_path):

@@ -149,6 +149,29 @@ class TestNoWayAround:
         with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
             fit(tmp_path, as_class(Moves))
 
+    @pytest.mark.parametrize("part", ["average", "followed"])
+    def test_an_average_takes_in_what_guarded_steps_left_and_nothing_else(self, tmp_path, part):
+        """It is what is published, and no optimizer holds it."""
+
+        class Edits(TeacherEnsembleGAN):
+            def finish_step(self, **options):
+                edited = self.average.network if part == "average" else self.generator
+                before = edited.means.clone()
+                edited.means.data.add_(1e-3)
+                super().finish_step(**options)
+                edited.means.data.copy_(before)
+
+        with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
+            fit(tmp_path, as_class(Edits, ema_decay=0.5))
+
+    def test_an_average_that_was_edited_at_the_end_is_not_published(self, tmp_path):
+        module = tiny_gan(ema_decay=0.5)
+        fit(tmp_path, module)
+        module.check_published()
+        module.average.network.means.data.add_(1e-3)
+        with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
+            module.check_published()
+
     def test_a_released_nan_is_not_taken_for_another_gradient(self):
         parameter = nn.Parameter(torch.zeros(2))
         guard, optimizer = ReleaseGuard([parameter]), torch.optim.SGD([parameter], lr=0.1)

@@ -152,7 +152,10 @@ def test_a_raw_number_among_the_logs_is_found():
     assert "public/brightness" in found.summary
 
 
-def test_what_is_written_past_the_door_is_found():
+def test_what_is_written_past_the_door_is_found(monkeypatch):
+    with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
+        audit(gan(WritesPastTheDoor, ema_decay=0.5), "replace_one")
+    monkeypatch.setattr(WritesPastTheDoor, "check_published", lambda self: None)  # the guard asleep
     found = audit(gan(WritesPastTheDoor, ema_decay=0.5), "replace_one")
     assert found.verdict is Verdict.VIOLATED
     assert found.measured["changed_rows"] == 1  # the rows are right, what leaves is not
