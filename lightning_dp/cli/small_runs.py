@@ -52,6 +52,10 @@ def smaller_model(config: Mapping[str, Any]) -> tuple[str, ...]:
         if "teachers_per_round" in teachers.get("init_args", {}):
             flags = (*flags, "--model.teachers.teachers_per_round", "2")
     flags = (*flags, *_MODELS.get(model["class_path"].rpartition(".")[2], ()))
+    if (options.get("network") or {}).get("class_path") == "WideResNet":
+        flags = (*flags, "--model.network.depth", "10", "--model.network.width", "1")
+    if options.get("views_per_record", 1) > 1:
+        flags = (*flags, "--model.views_per_record", "2")
     if "expected_judges" in options:
         flags = (*flags, "--model.expected_judges", "2")
     last = dict(zip(flags[::2], flags[1::2], strict=True))  # a flag may stand once; the method's counts
