@@ -62,6 +62,36 @@ def bare_step(network: Any, images: Any, labels: Any, size: int) -> Callable[[],
     return step
 
 
+def framed_run(size: int, data: Any, callback: Any, device: str) -> None:
+    """Train under Lightning with everything that the command line adds, until the callback stops it."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import CSVLogger
+
+    from callbacks import GradientPrivatizer, PrivacyAccountant
+    from lightning_dp.accounting.settings import PrivacySettings
+    from lightning_dp.mechanisms.gaussian import Gaussian
+    from lightning_dp.modules.dpsgd import DPSGDClassifier
+    from lightning_dp.networks.tempered import TemperedCNN
+
+    settings = PrivacySettings(neighboring_relation="add_or_remove_one", noise_multiplier=1.0, target_delta=1e-5)
+    module = DPSGDClassifier(TemperedCNN(activation="relu"), expected_batch_size=size, learning_rate=0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        accountant = PrivacyAccountant(privacy=settings, ledger_path=Path(folder) / "ledger.jsonl")
+        privatizer = GradientPrivatizer(mechanism=Gaussian(), accountant=accountant)
+        trainer = pl.Trainer(
+            max_steps=PLANNED,
+            max_epochs=-1,
+            accelerator=device,
+            devices=1,
+            logger=CSVLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[privatizer, accountant, callback],
+        )
+        trainer.fit(module, datamodule=data)
+
+
 def alternating(size: int, steps: int, device: str = "cpu") -> dict[str, list[float]]:
     """Return seconds of steps alone and of framed ones, taken in turn, and those by the wall of the latter.
 
@@ -72,13 +102,8 @@ def alternating(size: int, steps: int, device: str = "cpu") -> dict[str, list[fl
     """
     import pytorch_lightning as pl
     import torch
-    from pytorch_lightning.loggers import CSVLogger
 
-    from callbacks import GradientPrivatizer, PrivacyAccountant
     from datamodules import EmbeddedDigits
-    from lightning_dp.accounting.settings import PrivacySettings
-    from lightning_dp.mechanisms.gaussian import Gaussian
-    from lightning_dp.modules.dpsgd import DPSGDClassifier
     from lightning_dp.networks.tempered import TemperedCNN
 
     torch.set_num_threads(1)
@@ -106,23 +131,7 @@ def alternating(size: int, steps: int, device: str = "cpu") -> dict[str, list[fl
             trainer.should_stop = len(found["framed"]) >= steps
             self.last = now(device), time.perf_counter()
 
-    settings = PrivacySettings(neighboring_relation="add_or_remove_one", noise_multiplier=1.0, target_delta=1e-5)
-    module = DPSGDClassifier(TemperedCNN(activation="relu"), expected_batch_size=size, learning_rate=0.05)
-    with tempfile.TemporaryDirectory() as folder:
-        accountant = PrivacyAccountant(privacy=settings, ledger_path=Path(folder) / "ledger.jsonl")
-        privatizer = GradientPrivatizer(mechanism=Gaussian(), accountant=accountant)
-        trainer = pl.Trainer(
-            max_steps=PLANNED,
-            max_epochs=-1,
-            accelerator=device,
-            devices=1,
-            logger=CSVLogger(folder),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[privatizer, accountant, Turns()],
-        )
-        trainer.fit(module, datamodule=data)
+    framed_run(size, data, Turns(), device)
     return {name: times[-steps:] for name, times in found.items()}
 
 

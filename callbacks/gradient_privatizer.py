@@ -18,7 +18,8 @@ from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import Mechanism, NoiseLaw, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
-from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import ReleaseSession
 from lightning_dp.modules.warm_start import WarmPlan, WarmStart
 

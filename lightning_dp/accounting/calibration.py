@@ -70,16 +70,7 @@ def calibrate_noise_multiplier(
     def planned(noise: float) -> Counts:
         return _joined(before, make_event(noise), sampling, num_releases)
 
-    curve = _NoiseCurve(planned, delta, relation, accountant)
-    if is_unsampled(canonical_terms(planned(1.0))):
-        noise = smallest_noise(curve.quick, target, guess=1.0, rel_tol=1e-7)
-        if accountant != "auto" and math.isfinite(noise):
-            noise = smallest_noise(curve.full, target, guess=noise)
-    else:
-        near = curve.amplified if relation is NeighboringRelation.REPLACE_ONE else curve.quick
-        noise = smallest_noise(near, target, guess=1.0, rel_tol=1e-3)
-        for exact in (curve.rough, curve.full):
-            noise = noise if math.isinf(noise) else smallest_noise(exact, target, guess=noise)
+    noise = _NoiseCurve(planned, delta, relation, accountant).least_noise(target)
     if math.isinf(noise):
         raise ConfigurationError(
             f"No noise multiplier reaches target_epsilon={target} at target_delta={delta:g} for "
@@ -96,6 +87,18 @@ class _NoiseCurve:
     delta: float
     relation: NeighboringRelation
     accountant: Accountant
+
+    def least_noise(self, target: float) -> float:
+        """Return the smallest noise multiplier whose epsilon is at most the target; infinity if there is none."""
+        if is_unsampled(canonical_terms(self.planned(1.0))):
+            noise = smallest_noise(self.quick, target, guess=1.0, rel_tol=1e-7)
+            is_exact = self.accountant == "auto" or math.isinf(noise)
+            return noise if is_exact else smallest_noise(self.full, target, guess=noise)
+        near = self.amplified if self.relation is NeighboringRelation.REPLACE_ONE else self.quick
+        noise = smallest_noise(near, target, guess=1.0, rel_tol=1e-3)
+        for exact in (self.rough, self.full):
+            noise = noise if math.isinf(noise) else smallest_noise(exact, target, guess=noise)
+        return noise
 
     def quick(self, noise: float) -> float:
         """Return a bound without a privacy loss distribution; exact where nothing is sampled."""

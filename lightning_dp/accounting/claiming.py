@@ -64,28 +64,20 @@ def make_claim(
         ConfigurationError: An invalid delta or relation, or one that contradicts the ledger.
     """
     relation, delta = parse_relation(relation), checked_delta(delta)
-    counts: Counts
     if isinstance(ledger_or_counts, PrivacyLedger):
         _check_agreement(ledger_or_counts, relation, unit)
         num_records = num_records if num_records is not None else ledger_or_counts.header.get("num_records")
-        counts = ledger_or_counts.counts()
         planned = ledger_plan(ledger_or_counts) if planned is None else planned
-    else:
-        counts = ledger_or_counts
-    counts = {key: count for key, count in counts.items() if count != 0}
-    assumed = [
-        *unverified,
-        *(_sampler(counts, executed=False)),
-        *([] if keeps_plan(counts, planned) else [PLAN_CHANGED]),
-    ]
+        ledger_or_counts = ledger_or_counts.counts()
+    counts = {key: count for key, count in ledger_or_counts.items() if count != 0}
+    executed, assumed_of = (_sampler(counts, executed=executed) for executed in (True, False))
+    assumed = [*unverified, *assumed_of, *([] if keeps_plan(counts, planned) else [PLAN_CHANGED])]
     level = _level(counts, assumed, conditional_on)
-    warnings, epsilon, stated_by = list(extra_warnings), None, "none"
+    epsilon, stated_by = None, "none"
+    notes: tuple[str, ...] = ()
     if level is ClaimLevel.PROVED:
-        charged = planned if planned is not None and counts else counts
-        result = compute_epsilon(charged, delta=delta, relation=relation, accountant=accountant)
-        epsilon, stated_by = result.epsilon, result.accountant
-        warnings += [*result.notes, *_of_early_stop(counts, charged)]
-    warnings += [*_of_large_epsilon(epsilon), *_of_large_delta(delta, num_records)]
+        epsilon, stated_by, notes = _stated(counts, planned, delta=delta, relation=relation, accountant=accountant)
+    warnings = [*extra_warnings, *notes, *_of_large_epsilon(epsilon), *_of_large_delta(delta, num_records)]
     return PrivacyClaim(
         level=level,
         epsilon=epsilon,
@@ -93,7 +85,7 @@ def make_claim(
         relation=relation_name(relation),
         unit=unit,
         accountant=stated_by,
-        sampler="; ".join([*_sampler(counts, executed=True), *_sampler(counts, executed=False)]) or "none",
+        sampler="; ".join([*executed, *assumed_of]) or "none",
         num_releases=sum(counts.values()),
         mechanism=mechanism,
         assumptions=(*assumed, *conditional_on),
@@ -101,6 +93,15 @@ def make_claim(
         warnings=tuple(dict.fromkeys(warnings)),
         planned_releases=None if planned is None else sum(planned.values()),
     )
+
+
+def _stated(
+    counts: Counts, planned: Counts | None, *, delta: float, relation: NeighboringRelation, accountant: Accountant
+) -> tuple[float, str, tuple[str, ...]]:
+    """Return epsilon of the plan where there is one and it was begun, who composed it, and what is to be said of it."""
+    charged = planned if planned is not None and counts else counts
+    result = compute_epsilon(charged, delta=delta, relation=relation, accountant=accountant)
+    return result.epsilon, result.accountant, (*result.notes, *_of_early_stop(counts, charged))
 
 
 def _of_early_stop(counts: Counts, charged: Counts) -> list[str]:

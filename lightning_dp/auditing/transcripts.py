@@ -16,7 +16,8 @@ from lightning_dp.auditing.door import Tap
 from lightning_dp.auditing.worlds import Played, RecordChange
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import EncodeContext, Mechanism, ReleasePlan
-from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import ReleaseSession
 from lightning_dp.modules.warm_start import WarmPlan, WarmStart
 

@@ -10,7 +10,8 @@ from lightning_dp.accounting.events import RELATION_NAMES
 from lightning_dp.accounting.settings import PrivacySettings
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import Mechanism
-from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.public_facts import PublicFacts
 
 _DELTA = 1e-5  # of a claim whose level alone is looked at
 

@@ -38,6 +38,7 @@ from lightning_dp.benchmark.records import finished_card
 from lightning_dp.benchmark.runner import can_go_on, only_here
 from lightning_dp.benchmark.score import Score
 from lightning_dp.benchmark.selection import ALL_CELLS, Selection
+from lightning_dp.benchmark.tuning_result import Chosen
 from lightning_dp.errors import ConfigurationError, LedgerError
 from lightning_dp.evaluation.report import RunCard
 
@@ -127,7 +128,7 @@ class Tuning:
         if (settings := self._budget_settings()) is not None and not (self.folder / LEDGER_FILE).exists():
             DatasetBudget(Path(str(settings.folder))).check(settings, [self._asked(self._header())])
 
-    def run(self, backend: Backend) -> "Chosen | None":
+    def run(self, backend: Backend) -> Chosen | None:
         """Charge the selection, make its runs, or those that are left of it, and return the best.
 
         Returns:
@@ -320,29 +321,6 @@ def delete_leftovers(folder: Path) -> None:
     is_random = any(event.kind == "selection" for event, _ in PrivacyLedger.read(folder / LEDGER_FILE).counts())
     if is_random and (folder / PRIVATE_FOLDER).exists():
         shutil.rmtree(folder / PRIVATE_FOLDER)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """The best run of a selection.
-
-    Attributes:
-        cell: Id of its cell.
-        score: Its metric.
-        card: Its own card.
-        run_dir: Its folder.
-        claim: The claim of the selection, which is that of this run.
-        run_id: Id of the selection.
-        scores: Metrics of all candidates, where all of them are charged; else empty.
-    """
-
-    cell: str
-    score: float
-    card: RunCard
-    run_dir: Path
-    claim: PrivacyClaim
-    run_id: str
-    scores: Mapping[str, float]
 
 
 def _each(texts: Any) -> list[str]:

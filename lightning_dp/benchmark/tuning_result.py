@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from callbacks.run_folder import CLAIM_FILE, GRID_FILE, RELEASE_FOLDER
-from lightning_dp.benchmark.tuning import Chosen
+from lightning_dp.accounting.claim import PrivacyClaim
 from lightning_dp.errors import DataError
 from lightning_dp.evaluation.report import RunCard, write_run_card
 from lightning_dp.modules.published import load_released, save_released
@@ -17,6 +18,29 @@ from lightning_dp.networks.generator import Generator
 
 CHOICE_FILE = "selected.json"
 CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The best run of a selection.
+
+    Attributes:
+        cell: Id of its cell.
+        score: Its metric.
+        card: Its own card.
+        run_dir: Its folder.
+        claim: The claim of the selection, which is that of this run.
+        run_id: Id of the selection.
+        scores: Metrics of all candidates, where all of them are charged; else empty.
+    """
+
+    cell: str
+    score: float
+    card: RunCard
+    run_dir: Path
+    claim: PrivacyClaim
+    run_id: str
+    scores: Mapping[str, float]
 
 
 def publish_choice(folder: Path, chosen: Chosen, *, score: str) -> RunCard:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,7 @@ from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.guard import ReleaseGuard
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import PublicRows, PublicSamples, Released, ReleaseSession
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.releasable import ReleasableNetwork
@@ -29,39 +30,6 @@ _NO_PRIVATIZER = (
 
 _PUBLIC_PREFIXES = ("privacy/", "eval/", "cost/", "public/")
 RAW_PREFIX = "raw/"
-
-
-class PublicFacts(Protocol):
-    """What a data module says of its records before it reads them; configuration, not a release."""
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the data set, from published facts only: a hash of private records would be a release."""
-        ...
-
-    @property
-    def num_records(self) -> int:
-        """Number of training records."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels."""
-        ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        ...
-
-    def teacher_partition(self, num_teachers: int, *, method: Literal["permutation", "hash"], key: int) -> Any:
-        """Return who holds which record; refuses more teachers than records."""
-        ...
 
 
 class PrivateModule(pl.LightningModule, ABC):

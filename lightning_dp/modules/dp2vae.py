@@ -14,8 +14,8 @@ from lightning_dp.gradients.record_gradients import rows_of
 from lightning_dp.gradients.source import GradientMode
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.options import check_share
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.vae import DPVAE
 from lightning_dp.networks.vae import VAEDecoder, VAEEncoder
 

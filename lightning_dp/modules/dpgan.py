@@ -13,10 +13,10 @@ from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
 from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.gradients.source import GradientMode
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.critic_schedule import LADDER, CriticSchedule
 from lightning_dp.modules.imitation import batches, descend, imitate
 from lightning_dp.modules.options import check_betas, check_positive
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.release import PublicRows, PublicSamples, Released
 from lightning_dp.networks.basis import PublicBasis

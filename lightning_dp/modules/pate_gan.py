@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.mechanisms.base import ContributionSpec
-from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.options import check_positive
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import Released
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import PublicBasis

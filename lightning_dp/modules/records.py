@@ -17,8 +17,8 @@ from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.gradients.source import GradientMode, GradientSource
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.averaged import AveragedModule
-from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.options import check_positive
+from lightning_dp.modules.public_facts import PublicFacts
 
 _MIX = 0x9E3779B97F4A7C15  # spreads consecutive step numbers over the seeds of keyed draws
 

@@ -22,9 +22,9 @@ from lightning_dp.gradients.poisson import PoissonSampler
 from lightning_dp.gradients.teachers import RowChunk, TeacherEnsemble, TeacherShards
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.averaged import AveragedModule
-from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import imitate
 from lightning_dp.modules.options import check_betas, check_positive, check_share
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import PublicRows, PublicSamples
 from lightning_dp.modules.schedule import with_cosine_schedule
 from lightning_dp.networks.basis import PublicBasis

@@ -13,9 +13,9 @@ from lightning_dp.gradients.source import GradientMode
 from lightning_dp.losses.elbo import bernoulli_nll, gaussian_nll, kl_to_standard_normal
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.keyed import keyed_normal
-from lightning_dp.modules.base import PublicFacts
 from lightning_dp.modules.imitation import batches, descend
 from lightning_dp.modules.options import check_betas, check_positive, check_share
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.release import PublicSamples
 from lightning_dp.modules.schedule import with_cosine_schedule

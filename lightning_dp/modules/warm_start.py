@@ -17,8 +17,9 @@ from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.settings import PrivacySettings
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import ContributionSpec, Mechanism, ReleasePlan
-from lightning_dp.modules.base import PrivateModule, PublicFacts
+from lightning_dp.modules.base import PrivateModule
 from lightning_dp.modules.moments_rounds import MomentsRounds
+from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import PublicSamples, ReleaseSession
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 

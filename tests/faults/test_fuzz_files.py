@@ -21,7 +21,7 @@ from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.ledger_lines import canonical_json, digest, seal, unseal
 from lightning_dp.cli import main
 from lightning_dp.errors import ConfigurationError, DataError, LedgerError
-from tests.accounting.test_dataset_budget import flags, request
+from tests.accounting.budgets import flags, request
 from tests.datamodules.conftest import contents, small_files, small_mnist
 
 __all__ = ["contents", "small_files", "small_mnist"]
