@@ -38,13 +38,18 @@ class AdaptiveGaussian(Mechanism):
     hence free.
 
     Differs: the share s is given instead of the indicator's noise, which follows: std z / (2 sqrt(s)) in counts. The
-    noisy fraction is cut to [0, 1], so that one release cannot throw C far.
+    noisy fraction is cut to [0, 1], so that one release cannot throw C far. And the mean of clip(g) / C is handed out
+    times `initial_norm` instead of C (post-processing: both are public). Times C, signal and noise of a step grow with
+    C, and a learning rate that was right at `initial_norm` is too large by as much: C went from .1 to 2 in the runs
+    that showed it, and DP-SGD at epsilon 1 fell to chance. `keep_step_size` false gives Algorithm 1 back.
 
     Args:
         initial_norm: C of the first release, > 0, in units of the gradient.
         target_quantile: Fraction of the rows that should be within C, in (0, 1).
         adaptation_rate: C is multiplied by exp(-adaptation_rate * (fraction - target_quantile)), > 0.
         quantile_share: Share s of the (squared) budget spent on the indicator, in (0, 1).
+        keep_step_size: Hand the mean out in units of C / initial_norm, so that learning rates mean what they do with
+            `Gaussian` at max_grad_norm = initial_norm, wherever C goes; false: in units of the gradient.
         noise: As for `Gaussian`; whole numbers are steps of 2^-20 of the clipping norm.
 
     Raises:
@@ -60,6 +65,7 @@ class AdaptiveGaussian(Mechanism):
         target_quantile: float = 0.5,
         adaptation_rate: float = 0.2,
         quantile_share: float = 0.01,
+        keep_step_size: bool = True,
         noise: NoiseLaw = "gaussian",
     ) -> None:
         for name, value in (("initial_norm", initial_norm), ("adaptation_rate", adaptation_rate)):
@@ -76,6 +82,7 @@ class AdaptiveGaussian(Mechanism):
         self.target_quantile = float(target_quantile)
         self.adaptation_rate = float(adaptation_rate)
         self.quantile_share = float(quantile_share)
+        self.keep_step_size = keep_step_size
         self.noise = noise
         self._norm = self.initial_norm
 
@@ -143,8 +150,9 @@ class AdaptiveGaussian(Mechanism):
         return torch.where(takes_part, factors, 0.0), torch.where(takes_part, indicators, 0.0)
 
     def decode(self, noisy: Tensor, plan: ReleasePlan, release_number: int, public_seed: int) -> Tensor:
-        """Return the noisy mean of the clipped gradients, in units of the gradient."""
-        return noisy[..., :-1] * (self._norm / self._gradient_scale / plan.spec.rows_per_vector)
+        """Return the noisy mean of the clipped gradients: times initial_norm / C, or in units of the gradient."""
+        unit = self.initial_norm if self.keep_step_size else self._norm
+        return noisy[..., :-1] * (unit / self._gradient_scale / plan.spec.rows_per_vector)
 
     def adapt(self, noisy: Tensor, plan: ReleasePlan) -> None:
         """Move C towards the target quantile."""

@@ -105,6 +105,21 @@ def test_the_norm_finds_other_quantiles(quantile):
     assert mechanism.max_grad_norm == pytest.approx(quantile, abs=0.05)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_step_does_not_grow_with_the_norm_unless_that_is_asked(keeps):
+    """C goes from .1 to 20 here; a learning rate that was right at .1 would then be two hundred times too large."""
+    mechanism = AdaptiveGaussian(initial_norm=0.1, keep_step_size=keeps)
+    rows = 40 * torch.nn.functional.one_hot(torch.arange(40) % 16, 16)[:, None].double()
+    rows *= torch.linspace(0.01, 1, 40)[:, None, None]
+    steps = [release(mechanism, rows, number=number).norm().item() for number in range(1, 80)]
+    assert mechanism.max_grad_norm == pytest.approx(20, rel=0.1)
+    assert steps[0] == pytest.approx(0.1 / 4, rel=0.05)
+    assert (steps[-1] <= steps[0]) == keeps
+    unit = 0.1 if keeps else mechanism.max_grad_norm
+    noise = release(mechanism, rows, noise_multiplier=1e3, number=80).std().item() / (1e3 / 40 * unit)
+    assert 0.2 < noise < 2.5  # sixteen coordinates
+
+
 def test_no_rows_leave_the_norm_to_the_noise_alone():
     """An empty batch says 'half are within', plus noise; it must not crash, nor divide by the realised size."""
     mechanism = AdaptiveGaussian(initial_norm=1.0)
