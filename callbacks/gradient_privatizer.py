@@ -90,7 +90,7 @@ class GradientPrivatizer(pl.Callback):
             )
         if not self.mechanism.is_private and settings.target_epsilon is None and settings.noise_multiplier is None:
             settings = replace(settings, noise_multiplier=1.0)  # nothing reads it: max_steps alone is the length
-        before = self._plan_warm_start(module, data)
+        before = self._plan_warm_start(module)
         budget = resolve_budget(
             settings,
             make_event=make_event,
@@ -109,7 +109,7 @@ class GradientPrivatizer(pl.Callback):
         self.plan = ReleasePlan(spec=spec, relation=settings.relation, noise_multiplier=budget.noise_multiplier)
         return budget
 
-    def _plan_warm_start(self, module: PrivateModule, data: PublicFacts) -> Counts:
+    def _plan_warm_start(self, module: PrivateModule) -> Counts:
         """Return what the warm start will release."""
         if self.warm_start is None:
             return {}
@@ -117,9 +117,9 @@ class GradientPrivatizer(pl.Callback):
             raise ConfigurationError(f"{type(module).__name__} has no warm start; leave --warm_start out.")
         # Sums want the Gaussian mechanism; its noise is exact if that of all other releases is, else no claim says so.
         noise: NoiseLaw = "gaussian" if self.mechanism.noise == "gaussian" else "rounded_gaussian"
-        mechanism = _stand_in(noise) if self.mechanism.is_private else self.mechanism
-        self._warm = self.warm_start.plan_release(data, self.accountant.privacy, mechanism)
-        return {(self._warm.event, self._warm.sampling): 1}
+        mechanism = _stand_in(noise, self.warm_start.row_bound) if self.mechanism.is_private else self.mechanism
+        self._warm = self.warm_start.plan_release(module, self.accountant.privacy, mechanism)
+        return {(self._warm.event, self._warm.sampling): self._warm.num_releases}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -205,7 +205,8 @@ class GradientPrivatizer(pl.Callback):
         # Once: after a crash its release stays charged, and what it taught is in the checkpoint or lost.
         if self.warm_start is not None and self._warm is not None and not len(self.accountant.ledger):
             self.warm_start.warm_up(pl_module, self._warm, open_session, seed=self.public_seed)
-            _logger.info("Warm start made: 1 release, and samples of it to learn from.")
+            made = self._warm.num_releases
+            _logger.info(f"Warm start made: {made} release{'s' * (made > 1)}, and samples to learn from.")
         session = open_session(self.mechanism, self._plan, pl_module.sampling)
         if (session.event, session.sampling) != self._own:
             raise PrivacyProtocolError(
@@ -244,7 +245,7 @@ class GradientPrivatizer(pl.Callback):
         """Return how often each event will be released."""
         planned: dict[tuple[ReleaseEvent, Sampling], int] = {}
         if self._warm is not None:
-            planned[self._warm.event, self._warm.sampling] = 1
+            planned[self._warm.event, self._warm.sampling] = self._warm.num_releases
         own = (self.mechanism.step_event(self._plan), module.sampling)
         planned[own] = planned.get(own, 0) + budget.num_own
         return planned
@@ -281,10 +282,10 @@ class GradientPrivatizer(pl.Callback):
             )
 
 
-def _stand_in(noise: NoiseLaw = "gaussian") -> Mechanism:
+def _stand_in(noise: NoiseLaw = "gaussian", row_bound: float = 1.0) -> Mechanism:
     from lightning_dp.mechanisms.gaussian import Gaussian
 
-    return Gaussian(noise=noise)
+    return Gaussian(max_grad_norm=row_bound, noise=noise)
 
 
 def run_summary(privatizer: GradientPrivatizer) -> dict[str, Any]:

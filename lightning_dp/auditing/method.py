@@ -134,11 +134,13 @@ def audit_method(
         leaks += base.differences(other)
         for part, heard in zip(parts, other.parts, strict=True):
             part.compare(heard, change.name)
-    if base.own.plan.spec.kind == "record":  # once more with rows in sight, which ghost clipping never forms
+    if any(heard.plan.spec.kind == "record" for heard in base.parts):
+        # Once more with rows in sight, which ghost clipping never forms.
         base_rows = play(make_run(), steps, unchanged(last), base, privatizer, with_rows=True)
         for change in changes:
             other = play(make_run(), steps, change, base, privatizer, with_rows=True)
-            parts[-1].most_rows = max(parts[-1].most_rows, base_rows.own.changed_rows(other.own))
+            for part, one, two in zip(parts, base_rows.parts, other.parts, strict=True):
+                part.most_rows = max(part.most_rows, one.changed_rows(two))
     return _judge(first, base, parts, leaks)
 
 

@@ -17,7 +17,6 @@ from lightning_dp.auditing.worlds import Played, RecordChange
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.base import EncodeContext, Mechanism, ReleasePlan
 from lightning_dp.modules.base import PrivateModule
-from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import ReleaseSession
 from lightning_dp.modules.warm_start import WarmPlan, WarmStart
 
@@ -154,7 +153,9 @@ def play(
     tap = _tapped(transcript.own, None if forced is None else forced.own, with_rows=with_rows)
     target = run.privacy.target_epsilon if run.warm_start is not None else None
     accountant = PrivacyAccountant(privacy=replace(run.privacy, insecure_seed=_SEED, target_epsilon=target))
-    warm_start = None if run.warm_start is None else _tapped_warm_start(run.warm_start, transcript, forced, change)
+    warm_start = None
+    if run.warm_start is not None:
+        warm_start = _tapped_warm_start(run.warm_start, transcript, forced, change, with_rows=with_rows)
     privatizer = privatizer_class(mechanism=tap, accountant=accountant, warm_start=warm_start)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -191,17 +192,22 @@ def _tapped(heard: Overheard, forced: Overheard | None, *, with_rows: bool = Fal
 
 
 def _tapped_warm_start(
-    warm_start: WarmStart, transcript: Transcript, forced: Transcript | None, change: RecordChange
+    warm_start: WarmStart,
+    transcript: Transcript,
+    forced: Transcript | None,
+    change: RecordChange,
+    *,
+    with_rows: bool,
 ) -> WarmStart:
     """Return a copy of the warm start whose mechanism is tapped, and which does not see a record that is gone."""
     copied = copy.copy(warm_start)
     real_plan, real_samples = copied.plan_release, copied.released_samples
 
-    def plan_release(data: PublicFacts, settings: PrivacySettings, mechanism: Mechanism) -> WarmPlan:
-        planned = real_plan(data, settings, mechanism)
+    def plan_release(module: PrivateModule, settings: PrivacySettings, mechanism: Mechanism) -> WarmPlan:
+        planned = real_plan(module, settings, mechanism)
         transcript.warm = heard = Overheard(planned.mechanism)
         heard.state(planned.plan, planned.sampling)
-        return replace(planned, mechanism=_tapped(heard, None if forced is None else forced.warm))
+        return replace(planned, mechanism=_tapped(heard, None if forced is None else forced.warm, with_rows=with_rows))
 
     def released_samples(
         session: ReleaseSession, images: Tensor, labels: Tensor, records: range, *, seed: int

@@ -129,7 +129,7 @@ def small_run(config: Path, *flags: str, steps: int, whole: bool = False) -> "Ca
     """
     from lightning_dp.auditing.method import MethodRun
     from lightning_dp.cli.planning import plan_cli
-    from lightning_dp.cli.small_runs import SMALL_WARM_START, small_data, smaller_model
+    from lightning_dp.cli.small_runs import small_data, smaller_model, smaller_warm_start
 
     try:
         given = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -137,14 +137,15 @@ def small_run(config: Path, *flags: str, steps: int, whole: bool = False) -> "Ca
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"Expected a configuration of a whole run in {config} ({error}).") from None
     # A warm start takes a share of epsilon; else the noise is given, and no budget of the file counts.
-    is_asked = any(flag.partition("=")[0] == "--warm_start" for flag in flags)
-    is_warm = is_asked or given.get("warm_start") is not None
+    asked = _value_of("--warm_start", flags)
+    kind = asked or (given.get("warm_start") or {}).get("class_path")
+    shrunk = () if kind is None else smaller_warm_start(kind)
     fixed = (
-        *("--privacy.target_epsilon", "5" if is_warm else "null"),
-        *("--privacy.noise_multiplier", "null" if is_warm else "1"),
+        *("--privacy.target_epsilon", "null" if kind is None else "5"),
+        *("--privacy.noise_multiplier", "1" if kind is None else "null"),
         *("--trainer.max_steps", str(steps), "--trainer.accelerator", "cpu"),
     )
-    all_flags = (*flags, *SMALL_WARM_START) if is_asked else (*(SMALL_WARM_START if is_warm else ()), *flags)
+    all_flags = (*shrunk, *flags) if asked is None else (*flags, *shrunk)
 
     def make_run() -> MethodRun:
         from lightning_dp.cli import plugins  # noqa: F401  (names in configurations)
@@ -159,6 +160,15 @@ def small_run(config: Path, *flags: str, steps: int, whole: bool = False) -> "Ca
         )
 
     return make_run
+
+
+def _value_of(name: str, flags: Sequence[str]) -> str | None:
+    """Return what a flag is given, or None."""
+    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+        given, equals, value = flag.partition("=")
+        if given == name:
+            return value if equals else following
+    return None
 
 
 def _run(arguments: list[str]) -> int:

@@ -24,15 +24,14 @@ def fit(arguments: list[str]) -> int:
     """Train one private generator and print the table that ends a run."""
     from rich.console import Console
 
-    from lightning_dp.cli import plugins  # noqa: F401  (names for flags)
     from lightning_dp.cli.fit import ROOTS, FitCLI
+    from lightning_dp.cli.plugins import WARM_STARTS  # makes the names of flags known
     from lightning_dp.evaluation.report import metrics_table
-    from lightning_dp.modules.warm_start import NAMES
 
     # Lightning sets its level when it is imported; its greetings would bury our lines.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    arguments = spelt_out(arguments, ROOTS, {short: kind.__name__ for short, kind in NAMES.items()})
+    arguments = spelt_out(arguments, ROOTS, {short: kind.__name__ for short, kind in WARM_STARTS.items()})
     check_class_names(arguments, ROOTS)
     check_given_once(arguments, ROOTS)
     check_config_files(arguments)

@@ -16,9 +16,11 @@ from lightning_dp.modules.merf import DPMERF
 from lightning_dp.modules.moments import MomentsModule
 from lightning_dp.modules.pate_gan import PATEGAN
 from lightning_dp.modules.semi_dual import SemiDualSinkhorn
+from lightning_dp.modules.semi_dual_warm_start import SemiDualWarmStart
 from lightning_dp.modules.sinkhorn import DPSinkhorn
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.modules.vae import DPVAE
+from lightning_dp.modules.warm_start import MomentsWarmStart, WarmStart
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 from lightning_dp.networks.datalens import DataLensGenerator
@@ -32,6 +34,9 @@ from lightning_dp.networks.tempered import TemperedCNN
 from lightning_dp.networks.vae import ConvDecoder, ConvEncoder, CosineDecoder, CosineEncoder
 from lightning_dp.networks.wide_resnet import WideResNet
 
+WARM_STARTS: dict[str, type[WarmStart]] = {"moments": MomentsWarmStart, "semi_dual": SemiDualWarmStart}
+"""Short names for the command line: `--warm_start moments`."""
+
 __all__ = [
     "DP2VAE",
     "DPGAN",
@@ -39,6 +44,7 @@ __all__ = [
     "DPVAE",
     "MNIST",
     "PATEGAN",
+    "WARM_STARTS",
     "AdaptiveGaussian",
     "ClassGaussianGenerator",
     "ConvDecoder",
@@ -64,10 +70,12 @@ __all__ = [
     "MLPDiscriminator",
     "MLPGenerator",
     "MomentsModule",
+    "MomentsWarmStart",
     "NoPrivacy",
     "NpzImages",
     "ScatteringClassifier",
     "SemiDualSinkhorn",
+    "SemiDualWarmStart",
     "SinkhornConvGenerator",
     "SinkhornResidualGenerator",
     "SmallConvDiscriminator",

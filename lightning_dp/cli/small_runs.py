@@ -6,8 +6,11 @@ from typing import Any
 SMALL_DATA = ("--data", "EmbeddedDigits", "--data.num_train", "100")
 """A hundred embedded digits, which have the shape and the labels of MNIST and Fashion-MNIST."""
 
-SMALL_WARM_START = ("--warm_start.samples", "50", "--warm_start.steps", "2", "--warm_start.num_coefficients", "10")
-"""A warm start of a moment."""
+_WARM_START = ("--warm_start.samples", "50", "--warm_start.steps", "2", "--warm_start.num_coefficients", "10")
+_BY_TRANSPORT = (
+    *("--warm_start.releases", "2", "--warm_start.expected_batch_size", "5"),
+    *("--warm_start.images_per_class", "2"),
+)
 
 _TEACHERS = {
     "EnergyTeachers": ("--model.pool_per_class", "5"),
@@ -60,6 +63,15 @@ def smaller_model(config: Mapping[str, Any]) -> tuple[str, ...]:
         flags = (*flags, "--model.expected_judges", "2")
     last = dict(zip(flags[::2], flags[1::2], strict=True))  # a flag may stand once; the method's counts
     return tuple(part for pair in last.items() for part in pair)
+
+
+def smaller_warm_start(kind: str) -> tuple[str, ...]:
+    """Return the flags of a warm start of a moment.
+
+    Args:
+        kind: Its short name, or its class.
+    """
+    return (*_WARM_START, *(_BY_TRANSPORT if kind.rpartition(".")[2] in ("semi_dual", "SemiDualWarmStart") else ()))
 
 
 def small_data(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -172,21 +172,24 @@ class PrivateModule(pl.LightningModule, ABC):
         """Whether the method can learn from samples of an earlier release."""
         return type(self).learn_from_samples is not PrivateModule.learn_from_samples
 
-    def take_warm_start(self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int) -> None:
-        """Learn from samples of a release that the ledger of this run holds; called once, before `attach`.
+    def take_warm_start(
+        self, samples: PublicSamples, *, steps: int, learning_rate: float, seed: int, releases: int = 1
+    ) -> None:
+        """Learn from samples of releases that the ledger of this run holds; called once, before `attach`.
 
         Args:
             samples: See `learn_from_samples`, as all that follow.
             steps: How long.
             learning_rate: How fast.
             seed: Public seed.
+            releases: How many they are.
 
         Raises:
             PrivacyProtocolError: The module has been attached: the guard watches its networks.
         """
         if self._session is not None:
             raise PrivacyProtocolError("A warm start comes before the first release of the method.")
-        self._absorbed_releases += 1
+        self._absorbed_releases += releases
         self.learn_from_samples(samples, steps=steps, learning_rate=learning_rate, seed=seed)
         self.ranks.same([*self.parameters(), *self.buffers()])
 

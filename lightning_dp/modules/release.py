@@ -16,6 +16,7 @@ from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.modules.row_census import RowCensus
+from lightning_dp.networks.generator import Generator
 
 _DOOR = object()  # Only this module can make a Released value.
 
@@ -70,10 +71,12 @@ class PublicSamples:
     Attributes:
         images: float32 in [0, 1], (M, C, H, W).
         labels: int64, (M,).
+        source: The generator that they were drawn from, released or public, where its parameters may be taken over.
     """
 
     images: Tensor
     labels: Tensor
+    source: Generator | None = None
 
 
 class ReleaseSession:

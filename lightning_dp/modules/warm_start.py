@@ -1,7 +1,7 @@
-"""A warm start: one cheap release, and samples of it that a generator learns from before its own first release.
+"""A warm start: a cheap release, and samples of it that a generator learns from before its own first release.
 
-The release and all that follow it stand in one ledger and are paid by one budget; what is learned from its samples is
-post-processing.
+The release (some kinds make several) and all that follow it stand in one ledger and are paid by one budget; what is
+learned from its samples is post-processing.
 """
 
 import math
@@ -19,9 +19,9 @@ from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import ContributionSpec, Mechanism, ReleasePlan
 from lightning_dp.modules.base import PrivateModule
 from lightning_dp.modules.moments_rounds import MomentsRounds
-from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import PublicSamples, ReleaseSession
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
+from lightning_dp.networks.generator import Generator
 
 OpenSession = Callable[[Mechanism, ReleasePlan, Sampling], ReleaseSession]
 """Opens a door onto the ledger of the run, for the release of the warm start."""
@@ -29,19 +29,21 @@ OpenSession = Callable[[Mechanism, ReleasePlan, Sampling], ReleaseSession]
 
 @dataclass(frozen=True)
 class WarmPlan:
-    """The release of a warm start, fixed before any record is read.
+    """The releases of a warm start, fixed before any record is read.
 
     Attributes:
         mechanism: Its mechanism.
         plan: Rows, relation and noise.
-        sampling: How records enter: all of them.
-        event: What is charged.
+        sampling: How records enter.
+        event: What is charged for each.
+        num_releases: How many there are.
     """
 
     mechanism: Mechanism
     plan: ReleasePlan
     sampling: Sampling
     event: ReleaseEvent
+    num_releases: int = 1
 
 
 class WarmStart(ABC):
@@ -54,9 +56,16 @@ class WarmStart(ABC):
         steps: Steps on them.
         learning_rate: Adam's learning rate on them.
 
+    Attributes:
+        num_releases: Releases that are made.
+        row_bound: Bound at which its rows are clipped.
+
     Raises:
         ConfigurationError: A value is out of range.
     """
+
+    num_releases: int = 1
+    row_bound: float = 1.0
 
     def __init__(
         self, *, budget: float = 0.2, samples: int = 10_000, steps: int = 300, learning_rate: float = 5e-3
@@ -70,19 +79,19 @@ class WarmStart(ABC):
             raise ConfigurationError(f"Expected a finite warm_start.learning_rate > 0, got {learning_rate=}.")
         self.budget, self.samples, self.steps, self.learning_rate = budget, samples, steps, learning_rate
 
-    def plan_release(self, data: PublicFacts, settings: PrivacySettings, mechanism: Mechanism) -> WarmPlan:
+    def plan_release(self, module: PrivateModule, settings: PrivacySettings, mechanism: Mechanism) -> WarmPlan:
         """Fix the noise of the release from public facts.
 
         Args:
-            data: Public facts of the data.
+            module: The method, which knows the public facts of the data.
             settings: The privacy of the whole run.
             mechanism: What makes the release private, or not, for a run without privacy.
 
         Raises:
             ConfigurationError: No target epsilon to take a share of, or no proof under the relation.
         """
-        self.describe_data(data)
-        spec, sampling = self.contribution_spec(), Sampling(scheme="full")
+        self.describe_module(module)
+        spec, sampling = self.contribution_spec(), self.sampling
         spec.alternatives(settings.relation)
         mechanism.check(spec)
 
@@ -96,14 +105,14 @@ class WarmStart(ABC):
             noise = calibrate_noise_multiplier(
                 target_epsilon=self.budget * settings.target_epsilon,
                 target_delta=settings.target_delta,
-                num_releases=1,
+                num_releases=self.num_releases,
                 make_event=lambda value: mechanism.step_event(planned(value)),
                 sampling=sampling,
                 relation=settings.relation,
                 accountant=settings.accountant,
             )
         plan = planned(noise)
-        return WarmPlan(mechanism, plan, sampling, mechanism.step_event(plan))
+        return WarmPlan(mechanism, plan, sampling, mechanism.step_event(plan), self.num_releases)
 
     def warm_up(self, module: PrivateModule, warm: WarmPlan, open_session: OpenSession, *, seed: int) -> None:
         """Make the release, and let the module learn from samples of it.
@@ -116,23 +125,44 @@ class WarmStart(ABC):
         """
         data = module.trainer.datamodule  # type: ignore[attr-defined]
         session = open_session(warm.mechanism, warm.plan, warm.sampling)
-        session.begin_step()
         own = module.ranks.owned(module.facts.num_records)
         mine, device = slice(own.start, None, own.step), module.device
+        self.join_run(module, seed=seed)
         images, labels = self.released_samples(
             session, data.train_images[mine].to(device), data.train_labels[mine].to(device), own, seed=seed
         )
-        session.end_step()
+        made = len(session.ledger)  # nothing comes before a warm start
+        if made != warm.num_releases:
+            raise PrivacyProtocolError(f"A warm start planned {warm.num_releases} releases, and made {made}.")
         module.take_warm_start(
-            PublicSamples(images.to(module.device), labels.to(module.device)),
+            PublicSamples(images.to(device), labels.to(device), self.source),
             steps=self.steps,
             learning_rate=self.learning_rate,
             seed=seed,
+            releases=made,
         )
 
+    @property
+    def sampling(self) -> Sampling:
+        """How records enter a release: all of them, unless a kind says otherwise."""
+        return Sampling(scheme="full")
+
+    @property
+    def source(self) -> Generator | None:
+        """The generator that the samples are drawn from, if a method may take its parameters over."""
+        return None
+
+    def join_run(self, module: PrivateModule, *, seed: int) -> None:  # noqa: B027  (most kinds need nothing of it)
+        """Take what is known when training starts: device and processes.
+
+        Args:
+            module: The method.
+            seed: Public seed.
+        """
+
     @abstractmethod
-    def describe_data(self, data: PublicFacts) -> None:
-        """Take the public facts of the data."""
+    def describe_module(self, module: PrivateModule) -> None:
+        """Take the public facts of the data, and of the method if they matter."""
 
     @abstractmethod
     def contribution_spec(self) -> ContributionSpec:
@@ -142,7 +172,7 @@ class WarmStart(ABC):
     def released_samples(
         self, session: ReleaseSession, images: Tensor, labels: Tensor, records: range, *, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """Make the one release of the session, and return samples of it, (samples, C, H, W) in [0, 1] and labels.
+        """Make the planned releases, each in a step of the session; return samples, (samples, C, H, W), and labels.
 
         Args:
             session: The door.
@@ -196,7 +226,8 @@ class MomentsWarmStart(WarmStart):
         self.gain, self.black, self.distortion = gain, black, distortion
         self._generator: ClassGaussianGenerator | None = None
 
-    def describe_data(self, data: PublicFacts) -> None:  # noqa: D102
+    def describe_module(self, module: PrivateModule) -> None:  # noqa: D102
+        data = module.facts
         self._generator = ClassGaussianGenerator(
             data.image_shape,
             num_classes=data.num_classes,
@@ -222,13 +253,11 @@ class MomentsWarmStart(WarmStart):
         if self._generator is None:
             raise PrivacyProtocolError("plan_release() comes first.")
         rounds, generator = self._rounds.to(images.device), self._generator.to(images.device)
+        session.begin_step()
         released = session.release(rounds.rows(images, labels, records), rounds.statistics.release_shape, images.device)
+        session.end_step()
         fitted = rounds.absorb(released, 1)
         with torch.no_grad():
             for name, parameter in generator.named_parameters():
                 parameter.copy_(fitted[name])
         return generator.sample(self.samples, seed=seed)
-
-
-NAMES: dict[str, type[WarmStart]] = {"moments": MomentsWarmStart}
-"""Short names for the command line: `--warm_start moments`."""

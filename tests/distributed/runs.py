@@ -28,7 +28,7 @@ from tests.modules.test_moments import tiny_module as tiny_moments
 from tests.modules.test_pate_gan import tiny_pate
 from tests.modules.test_sinkhorn import tiny_sinkhorn
 from tests.modules.test_vae import tiny_vae
-from tests.modules.test_warm_start import warm_start
+from tests.modules.test_warm_start import by_transport, warm_start
 
 STEPS = 20
 
@@ -69,6 +69,7 @@ CASES: dict[str, Case] = {
     "embedding": Case(tiny_merf, Gaussian(), exact=True, steps=2),
     "whole noise": Case(tiny_dpsgd, Gaussian(noise="rounded_gaussian"), steps=3),
     "warm start": Case(tiny_dpgan, Gaussian(), warm=warm_start, steps=6),
+    "warm start by transport": Case(tiny_dpgan, Gaussian(), warm=by_transport, steps=3),
 }
 
 
@@ -119,7 +120,8 @@ def run(name: str, *, is_private: bool, changes: dict[tuple[type, str], Any] | N
     privacy = settings(
         neighboring_relation=case.relation,
         insecure_seed=options.get("seed", 3),
-        **({} if case.warm is not None else {"target_epsilon": None, "noise_multiplier": 8.0}),
+        # Calibrated in a moment.
+        **({"accountant": "rdp"} if case.warm is not None else {"target_epsilon": None, "noise_multiplier": 8.0}),
     )
     accountant = PrivacyAccountant(privacy=privacy, ledger_path=options.get("ledger"))
     privatizer = GradientPrivatizer(
