@@ -1,9 +1,12 @@
-"""Parameters and Adam moments of many teachers of one architecture, stacked, in memory or in files.
+"""State of many teachers of one architecture, stacked: on a device, or in memory or files of its host.
 
 Shapes: T teachers, t of them on this process (every W-th of W processes), n of one chunk.
 """
 
-from typing import Any, Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +18,56 @@ from lightning_dp.gradients.ranks import Ranks
 from lightning_dp.gradients.teacher_backends import Stack
 from lightning_dp.networks.discriminator import Discriminator
 
+StatePlace = Literal["auto", "device", "host"]
+
 ADAM_EPS: Final = 1e-8
 _DROPPED_AT_ONCE: Final = 8
+_CUDA_STATE_FRACTION: Final = 0.5  # of the free memory; the rest is for chunks
+
+
+@dataclass(frozen=True)
+class AdamSlice:
+    """Some teachers at work, on the device.
+
+    Attributes:
+        parameters: name -> (n, ...).
+        exp_avg: Adam's first moments.
+        exp_avg_sq: Adam's second moments.
+    """
+
+    parameters: Stack
+    exp_avg: Stack
+    exp_avg_sq: Stack
+
+    def step(self, gradients: Stack, *, steps_before: int, learning_rate: float, betas: tuple[float, float]) -> None:
+        """Step the Adam of each teacher.
+
+        Args:
+            gradients: name -> (n, ...).
+            steps_before: Steps that each of them has made.
+            learning_rate: Of every teacher.
+            betas: Of every teacher.
+        """
+        parameters = list(self.parameters.values())
+        device = parameters[0].device
+        counters = [torch.full((), float(steps_before), device=device) for _ in parameters]
+        with torch.no_grad():
+            adam(
+                parameters,
+                [gradients[name].contiguous() for name in self.parameters],
+                list(self.exp_avg.values()),
+                list(self.exp_avg_sq.values()),
+                [],
+                counters,
+                fused=device.type in ("cpu", "cuda"),
+                amsgrad=False,
+                beta1=betas[0],
+                beta2=betas[1],
+                lr=learning_rate,
+                weight_decay=0.0,
+                eps=ADAM_EPS,
+                maximize=False,
+            )
 
 
 class AdamStacks:
@@ -30,14 +81,17 @@ class AdamStacks:
         ranks: The processes that share the teachers.
         device: Where the teachers work.
         seed: Teacher i starts from (seed, i): the same on any device and process.
-        state_dir: Folder for memory-mapped files (Linux, CPU only); None keeps everything in memory.
+        place: Where the state is kept: on the device, or in the memory of its host, from which chunks are lent to the
+            device; auto is the device where half of its free memory holds the state.
+        state_dir: Folder for memory-mapped files of the host (Linux); None keeps everything in memory.
 
     Attributes:
-        parameters: name -> (t, ...).
+        parameters: name -> (t, ...), where they are kept.
         files: Of parameters and of moments, or nothing.
+        is_remote: Whether teachers are lent to the device, chunk by chunk.
 
     Raises:
-        ConfigurationError: Files are asked for on another device than a CPU, or cannot be made.
+        ConfigurationError: Files cannot be made, or are asked for on the device.
     """
 
     def __init__(
@@ -48,15 +102,21 @@ class AdamStacks:
         ranks: Ranks,
         device: torch.device,
         seed: int,
+        place: StatePlace = "auto",
         state_dir: str | None = None,
     ) -> None:
-        if state_dir is not None and device.type != "cpu":
+        if state_dir is not None and place == "device" and device.type != "cpu":
             raise ConfigurationError(
-                f"teachers.state_dir={state_dir} works on a CPU only, got device={device}. Leave it out."
+                f"teachers.state_dir={state_dir} keeps teachers in files of the host, not on device={device}. Set "
+                "teachers.state to host, or leave one of them out."
             )
         self.num_teachers = num_teachers
         self._ranks, self._owned = ranks, ranks.owned(num_teachers)
         self._device, self._state_dir = device, state_dir
+        size = 3 * len(self._owned) * sum(p.numel() * p.element_size() for p in network.parameters())
+        on_host = state_dir is not None or place == "host" or (place == "auto" and not _holds(device, size))
+        self._home = torch.device("cpu") if on_host else device
+        self.is_remote = self._home.type != device.type
         # Rows need the first only.
         kinds = 0 if state_dir is None else 2
         self.files = tuple(MappedState(str(state_dir), len(self._owned)) for _ in range(kinds))
@@ -71,51 +131,30 @@ class AdamStacks:
         return sum(stack[0].numel() * stack.element_size() for stack in self.parameters.values())
 
     def of(self, teachers: slice | Tensor) -> Stack:
-        """Return the parameters of some teachers, by their places in the stacks."""
-        return _slice(self.parameters, teachers)
+        """Return the parameters of some teachers, by their places in the stacks, on the device."""
+        return self._there(
+            _slice(self.parameters, teachers if isinstance(teachers, slice) else teachers.to(self._home))
+        )
 
     def moments(self, teachers: slice) -> tuple[Stack, Stack]:
-        """Return Adam's first and second moments of some teachers, by their places in the stacks."""
+        """Return Adam's moments of some teachers, first and second, by their places, where they are kept."""
         return _slice(self._exp_avg, teachers), _slice(self._exp_avg_sq, teachers)
 
-    def adam_step(
-        self,
-        teachers: slice,
-        gradients: Stack,
-        *,
-        steps_before: int,
-        learning_rate: float,
-        betas: tuple[float, float],
-    ) -> None:
-        """Step the Adam of each teacher of a chunk.
+    @contextmanager
+    def at_work(self, teachers: slice) -> Iterator[AdamSlice]:
+        """Have some teachers on the device for a while; what became of them is kept.
 
         Args:
             teachers: Their places in the stacks.
-            gradients: name -> (n, ...).
-            steps_before: Steps that each of them has made.
-            learning_rate: Of every teacher.
-            betas: Of every teacher.
         """
-        parameters = list(self.of(teachers).values())
-        exp_avg, exp_avg_sq = self.moments(teachers)
-        counters = [torch.full((), float(steps_before), device=self._device) for _ in parameters]
-        with torch.no_grad():
-            adam(
-                parameters,
-                [gradients[name].contiguous() for name in self.parameters],
-                list(exp_avg.values()),
-                list(exp_avg_sq.values()),
-                [],
-                counters,
-                fused=self._device.type in ("cpu", "cuda"),
-                amsgrad=False,
-                beta1=betas[0],
-                beta2=betas[1],
-                lr=learning_rate,
-                weight_decay=0.0,
-                eps=ADAM_EPS,
-                maximize=False,
-            )
+        stored = (_slice(self.parameters, teachers), *self.moments(teachers))
+        few = AdamSlice(*(self._there(stack) for stack in stored))
+        yield few
+        if not self.is_remote:
+            return
+        for home, away in zip(stored, (few.parameters, few.exp_avg, few.exp_avg_sq), strict=True):
+            for name, values in away.items():
+                home[name].copy_(values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters and moments (references, (T, ...) each). Private.
@@ -186,7 +225,24 @@ class AdamStacks:
         """Return a stack of zeros, in memory or in a file that only this process can reach."""
         if self.files:
             return self.files[moments].zeros(shape, dtype)
-        return torch.zeros(shape, dtype=dtype, device=self._device)
+        # Pinned, what is lent to a GPU travels without a copy on the way.
+        return torch.zeros(shape, dtype=dtype, device=self._home, pin_memory=self.is_remote and _is_cuda(self._device))
+
+    def _there(self, stack: Stack) -> Stack:
+        """Return a stack on the device: the same memory if it is kept there."""
+        if not self.is_remote:
+            return stack
+        # Without waiting: nobody writes to what is kept before the device's own work has come back.
+        return {name: values.to(self._device, non_blocking=True) for name, values in stack.items()}
+
+
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _holds(device: torch.device, size: int) -> bool:
+    """Tell whether the device has room for a state of so many bytes."""
+    return not _is_cuda(device) or size <= _CUDA_STATE_FRACTION * torch.cuda.mem_get_info(device)[0]
 
 
 def _slice(stack: Stack, teachers: slice | Tensor) -> Stack:

@@ -30,6 +30,7 @@ class ChunkSizes:
         sample_shape: Shape of one sample.
         num_classes: Number of labels.
         bytes_per_teacher: Memory of one teacher's parameters.
+        num_lent: As many times these are lent to the device while a chunk is at work.
         preferred: Teachers at a time that the cache of a CPU holds.
     """
 
@@ -40,18 +41,19 @@ class ChunkSizes:
         sample_shape: tuple[int, ...],
         num_classes: int,
         bytes_per_teacher: int,
+        num_lent: int = 0,
         preferred: int,
     ) -> None:
         device = next(network.parameters()).device
         self._budget = _memory_budget(device)
         self._most = None if device.type == "cuda" else preferred
         self._bytes_per_sample = saved_bytes_per_sample(network, sample_shape, num_classes)
-        self._bytes_per_teacher = bytes_per_teacher
+        self._bytes_per_teacher, self._num_lent = bytes_per_teacher, num_lent
 
     def fitting(self, samples: int) -> int:
         """Return how many teachers fit that work on so many samples each, at least one."""
         # Gradients and their contiguous copy; activations, their gradients and one working copy.
-        per_teacher = 2 * self._bytes_per_teacher + 3 * samples * self._bytes_per_sample
+        per_teacher = (2 + self._num_lent) * self._bytes_per_teacher + 3 * samples * self._bytes_per_sample
         most = self._budget // per_teacher
         return max(1, most if self._most is None else min(self._most, most))
 

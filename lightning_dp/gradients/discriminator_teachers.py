@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.adam_stacks import AdamStacks
+from lightning_dp.gradients.adam_stacks import AdamStacks, StatePlace
 from lightning_dp.gradients.chunk_sizes import CPU_CHUNKS, ChunkSizes
 from lightning_dp.gradients.dense_backend import DenseBackend
 from lightning_dp.gradients.mapped_state import MappedState, read_ahead
@@ -75,8 +75,10 @@ class DiscriminatorTeachers(TeacherEnsemble):
         objective: non_saturating (DataLens, G-PATE) or wasserstein with a gradient penalty (GS-WGAN).
         penalty: Weight of the gradient penalty of a Wasserstein critic.
         compute: bfloat16 judges and differentiates under autocast; parameters, moments, gradients and rows are float32.
-        state_dir: Folder for parameters and moments as memory-mapped files, for ensembles larger than memory (4000
-            DataLens teachers take 27 GB); Linux, CPU only. The files are private and vanish with the process.
+        state: Where parameters and moments are kept (27 GB for 4000 DataLens teachers): device, or host, whose memory
+            lends them to a GPU chunk by chunk; auto is device where half of its free memory holds them.
+        state_dir: Folder for parameters and moments as memory-mapped files of the host, for ensembles larger than
+            memory; Linux. The files are private and vanish with the process.
 
     Raises:
         ConfigurationError: A setting is out of range or unknown.
@@ -98,12 +100,14 @@ class DiscriminatorTeachers(TeacherEnsemble):
         objective: Objective = "non_saturating",
         penalty: float = 10.0,
         compute: Literal["float32", "bfloat16"] = "float32",
+        state: StatePlace = "auto",
         state_dir: str | None = None,
     ) -> None:
         _require_choice("network", network, tuple(NETWORKS))
         _require_choice("backend", backend, ("auto", *BACKENDS))
         _require_choice("objective", objective, get_args(Objective))
         _require_choice("compute", compute, ("float32", "bfloat16"))
+        _require_choice("state", state, get_args(StatePlace))
         counts = {"num_teachers": num_teachers, "batch_size": batch_size, "train_steps": train_steps}
         counts["pretrain_steps"] = pretrain_steps
         if chunk_size is not None:
@@ -129,7 +133,9 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self.learning_rate, self.betas = learning_rate, betas
         self.train_steps, self.pretrain_steps = train_steps, pretrain_steps
         self.objective: Objective = objective
-        self.penalty, self.compute, self.state_dir = penalty, compute, state_dir
+        self.penalty, self.compute = penalty, compute
+        self.state: StatePlace = state
+        self.state_dir = state_dir
         self._stacks: AdamStacks | None = None
         self._samples: Tensor | None = None
         self._rounds = 0
@@ -173,6 +179,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
             ranks=ranks,
             device=self._device,
             seed=seed,
+            place=self.state,
             state_dir=self.state_dir,
         )
         self._rounds = 0
@@ -188,6 +195,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
             sample_shape=self._sample_shape,
             num_classes=num_classes,
             bytes_per_teacher=self._stacks.bytes_per_teacher,
+            num_lent=3 if self._stacks.is_remote else 0,
             preferred=CPU_CHUNKS[self.network_name, self.chosen_backend],
         )
 
@@ -201,17 +209,17 @@ class DiscriminatorTeachers(TeacherEnsemble):
         steps_before = self._optimizer_steps(self._turn(self._rounds)[1])
         for teachers in self._chunks(2 * self._batch, block, stacks.files):
             samples, one_hot = self._round_batch(teachers, fakes, visit)
-            for repeat in range(repeats):
-                shares = self._public_shares(step, repeat, like=samples)
-                with self._computing():
-                    gradients = self._backend.training_gradients(stacks.of(teachers), samples, one_hot, shares)
-                stacks.adam_step(
-                    teachers,
-                    gradients,
-                    steps_before=steps_before + repeat,
-                    learning_rate=self.learning_rate,
-                    betas=self.betas,
-                )
+            with stacks.at_work(teachers) as few:
+                for repeat in range(repeats):
+                    shares = self._public_shares(step, repeat, like=samples)
+                    with self._computing():
+                        gradients = self._backend.training_gradients(few.parameters, samples, one_hot, shares)
+                    few.step(
+                        gradients,
+                        steps_before=steps_before + repeat,
+                        learning_rate=self.learning_rate,
+                        betas=self.betas,
+                    )
         self._rounds += 1
 
     def _computing(self) -> torch.autocast:

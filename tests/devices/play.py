@@ -34,11 +34,10 @@ STEPS = 3
 STRAY = "a stray tensor"
 
 
-def convolutional_gan(backend: Any) -> TeacherEnsembleGAN:
+def convolutional_gan(backend: Any, **options: Any) -> TeacherEnsembleGAN:
     torch.manual_seed(0)
-    teachers = DiscriminatorTeachers(
-        "datalens", num_teachers=4, batch_size=5, train_steps=1, pretrain_steps=1, backend=backend, chunk_size=3
-    )
+    fixed: dict[str, Any] = {"num_teachers": 4, "batch_size": 5, "train_steps": 2, "pretrain_steps": 1, "chunk_size": 3}
+    teachers = DiscriminatorTeachers("datalens", backend=backend, **fixed, **options)
     return TeacherEnsembleGAN(tiny_generator(), teachers, images_per_step=6, public_seed=0)
 
 
@@ -53,6 +52,7 @@ MORE: dict[str, Case] = {
     STRAY: Case(stray, Gaussian()),
     "stacked convolutions": Case(lambda: convolutional_gan("stacked"), TopAgg(top_k=4), "replace_one"),
     "looped convolutions": Case(lambda: convolutional_gan("loop"), TopAgg(top_k=4), "replace_one"),
+    "lent teachers": Case(lambda: convolutional_gan("stacked", state="host"), TopAgg(top_k=4), "replace_one"),
     "semi-dual": Case(tiny_semi_dual, Gaussian()),
     "adaptive clipping": Case(tiny_dpsgd, AdaptiveGaussian()),
     "clipping by layer": Case(tiny_dpsgd, Gaussian(clipping="per_layer")),
@@ -78,6 +78,12 @@ def train(case: Case, device: torch.device | None, folder: Path) -> dict[str, to
     module = case.make()
     trainer = trainer_for(folder, [privatizer, accountant], min(STEPS, case.steps), **options)
     trainer.fit(module, datamodule=TinyData())
+    teachers = getattr(module, "teachers", None)
+    if isinstance(teachers, DiscriminatorTeachers):
+        stacks = teachers.state_dict()["exp_avg"].values()
+        assert {stack.device.type for stack in stacks} == {
+            "cpu" if device is None or teachers.state == "host" else device.type
+        }
     return {
         name: value.detach().cpu() for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)
     }

@@ -10,7 +10,7 @@ import pytest
 from tests.devices.play import MORE, STRAY
 from tests.distributed.runs import CASES
 
-FEW = ("trained teachers", "records", "joint", "moments", STRAY)
+FEW = ("lent teachers", "records", "joint", "moments", STRAY)
 TOLERANCE = 1e-6  # of parameters; some sums run along memory, which may lie in another order
 
 
