@@ -70,7 +70,17 @@ def test_no_file_has_a_vague_name():
 def test_tests_mirror_the_packages():
     """Every folder of tests is named after a package, or is one of the kinds that span packages."""
     packages = {path.name for path in (ROOT / "lightning_dp").iterdir() if path.is_dir()} | {"callbacks", "datamodules"}
-    spanning = {"contracts", "faults", "policy", "integration", "privacy", "distributed", "benchmarks", "__pycache__"}
+    spanning = {
+        "contracts",
+        "faults",
+        "policy",
+        "integration",
+        "privacy",
+        "devices",
+        "distributed",
+        "benchmarks",
+        "__pycache__",
+    }
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
     assert folders <= packages | spanning
 
