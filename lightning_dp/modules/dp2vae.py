@@ -1,5 +1,6 @@
 """DP2-VAE: the decoder of a frozen encoder, trained on per-record gradients (Jiang et al. 2022)."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ class DP2VAE(DPVAE):
         decoder: Decoder, the generator that leaves.
         encoder_source: public (trained on `public_data`), dp, random (never trained), or private_nondp.
         public_data: Another data set of the same image shape and number of classes, for a public encoder; refused
-            where it may share records with the private one.
+            where it is of the private one's collection, by name, or holds an image of it, pixel by pixel.
         pretraining_steps: Steps of a public or private_nondp encoder's training, without noise.
         pretraining_learning_rate: Adam's learning rate there.
         encoder_share: Share of the releases that train a dp encoder, in (0, 1].
@@ -160,9 +161,23 @@ class DP2VAE(DPVAE):
             return  # a checkpoint brings its encoder along
         if self.encoder_source == "public" and self.public_data is not None:
             self.public_data.setup("fit")
+            self._refuse_private_images(self.public_data)
             self._pretrain(self.public_data)
         elif self.encoder_source == "private_nondp":
             self._pretrain(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def _refuse_private_images(self, public: Any) -> None:
+        """Refuse records that are private under another name: a file of one's own, say.
+
+        Nothing has been released, and the error neither names nor counts them; that it came is told to whoever started
+        the run. Hashes stay in memory.
+        """
+        private = self.trainer.datamodule  # type: ignore[attr-defined]
+        if _have_common_images(public.train_images, private.train_images):
+            raise ConfigurationError(
+                f"model.public_data ({_origin(public)}) holds images that the private data ({_origin(private)}) hold "
+                "too, so no encoder trained on them is public. Choose another data set, or model.encoder_source=dp."
+            )
 
     def _pretrain(self, data: Any) -> None:
         """Train the encoder by plain back-propagation, and put the decoder back to where it was."""
@@ -221,6 +236,15 @@ class DP2VAE(DPVAE):
             for chunk in rows_of(gradients):
                 chunk.values[..., :num_columns] = 0
                 yield chunk
+
+
+def _have_common_images(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two sets of images, (n, C, H, W), share one, to the last bit; labels do not count."""
+
+    def hashes(images: Tensor) -> set[bytes]:
+        return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()}
+
+    return first.shape[1:] == second.shape[1:] and not hashes(first).isdisjoint(hashes(second))
 
 
 def _origin(data: Any) -> str:

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -185,6 +186,26 @@ def test_private_records_are_no_public_data(public, private):
     )
     with pytest.raises(ConfigurationError, match="as the private data do"):
         module.describe_data(private)
+
+
+class PartlyPrivate(OtherData):
+    """One record of the private data among others, under another label."""
+
+    def read(self):
+        splits, private = super().read(), TinyData().read()
+        images = splits.train_images.clone()
+        images[7] = private.train_images[31]
+        return replace(splits, train_images=images)
+
+
+@pytest.mark.parametrize("public", [OtherData(), PartlyPrivate(data_seed=5)], ids=["all of them", "one of them"])
+def test_private_records_under_another_name_are_no_public_data(tmp_path, monkeypatch, public):
+    """The broken twin compares names alone, trains the encoder on private records, and states PROVED."""
+    with pytest.raises(ConfigurationError, match="hold too, so no encoder") as refused:
+        train(tmp_path, tiny("public", public_data=public))
+    assert "31" not in str(refused.value)
+    monkeypatch.setattr(DP2VAE, "_refuse_private_images", lambda self, public: None)
+    assert train(tmp_path, tiny("public", public_data=public))[1].claim().level == "PROVED"
 
 
 def test_the_ledger_says_where_the_encoder_comes_from(tmp_path):
