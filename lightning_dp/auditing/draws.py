@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from dp_accounting import NeighboringRelation
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.events import GaussianRelease, Sampling
 from lightning_dp.auditing.bounds import (
+    Errors,
     clopper_pearson_upper,
     epsilon_of_rates,
     is_refuted,
@@ -26,6 +26,7 @@ from lightning_dp.auditing.bounds import (
     privacy_profile,
     tail_errors,
 )
+from lightning_dp.auditing.direction_law import DirectionLaw
 from lightning_dp.auditing.door import FULL, Door
 from lightning_dp.auditing.neighbours import Pair, neighbouring_pairs
 from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, judge
@@ -47,6 +48,7 @@ MOST_NUMBERS = 10_000_000
 _BLOCK = 2**17  # numbers at a time
 _TIE = 1e-4  # of the distance may go for fewer coordinates
 _SHORT = 64  # coordinates of a release that are worth their cost, where they are independent
+_OFF_THE_LINE = 1e-6  # of the distance between sums that are taken as being on one line
 _SPHERE = 1000  # and where they are a direction, whose law comes near a Gaussian's in many dimensions
 
 
@@ -93,8 +95,9 @@ def audit_draws(
 ) -> AuditResult:
     """Bound epsilon of one release from many draws of the worst pair of neighbouring sums.
 
-    Two bounds: of whatever mechanism, from the rates at the best threshold; and of the stated law, where that is
-    Gaussian: the largest noise multiplier that the rates allow, charged as one release with the stated sampling.
+    Two bounds: of whatever mechanism, from the rates at the best threshold; and of the stated law: the least noise that
+    the rates allow, charged as one release with the stated sampling, where that is Gaussian; where it is a direction,
+    and the sums lie on one line, the epsilon of this pair at the least concentration that the rates allow.
 
     Args:
         door: What is audited; see `can_draw`.
@@ -105,7 +108,7 @@ def audit_draws(
         delta: Of the claim.
     """
     door = _with_short_rows(door)
-    sums, is_gaussian = _worst_sums(door), door.has_gaussian_noise
+    sums = _worst_sums(door)
     trials = max(16, min(draws, numbers // _numbers_a_trial(door, sums)))
     without, with_it = (_scores(door, sums, world, trials, FULL) for world in (sums.left, sums.right))
     errors = middle_errors(without, with_it)
@@ -115,18 +118,17 @@ def audit_draws(
     tail, claimed = tail_errors(without, with_it, delta=delta), door.epsilon(delta, sampling=sampling)
     profile = [(claimed, delta), *privacy_profile({(door.event, sampling): 1}, relation=door.plan.relation)]
     profiles += [(tuple(profile), found) for found in (tail, middle_errors(without, with_it))]
+    by_rates = tail.epsilon(delta=delta, confidence=confidence)
+    by_law = _epsilon_of_law(door, sums, errors, sampling, delta, confidence)
     measured = {
-        "epsilon_any_mechanism": tail.epsilon(delta=delta, confidence=confidence),
-        "epsilon_attainable": math.nan,
-        "epsilon_stated_law": math.nan,
+        "epsilon_any_mechanism": by_rates,
+        "epsilon_attainable": _attainable(door, sums, sampling, trials // 2, delta, confidence),
+        "epsilon_stated_law": by_law,
         "mu": errors.mu(confidence=confidence),
         "trials": float(trials),
         "coordinates": float(len(sums.left)),
     }
-    if is_gaussian:
-        measured["epsilon_attainable"] = _attainable(door, sums, sampling, trials // 2, delta, confidence)
-        measured["epsilon_stated_law"] = _epsilon_of_law(measured["mu"], sampling, door.plan.relation, delta)
-    bound = max(measured["epsilon_any_mechanism"], measured["epsilon_stated_law"] if is_gaussian else 0.0)
+    bound = by_rates if math.isnan(by_law) else max(by_rates, by_law)
     return AuditResult(
         audit="draws",
         subject=f"{door}; {sums.pair.name}",
@@ -138,7 +140,7 @@ def audit_draws(
             is_alarm=any(is_refuted(points, found, confidence=ALARM_CONFIDENCE) for points, found in profiles),
             is_doubt=bound > claimed,
         ),
-        summary=_summary(measured, is_gaussian=is_gaussian),
+        summary=_summary(measured),
         finds=FINDS,
         misses=MISSES,
         measured=measured,
@@ -151,13 +153,13 @@ def _numbers_a_trial(door: Door, sums: _Sums) -> int:
     return max(len(sums.left), 1 if door.has_additive_noise else 2 * _SPHERE)
 
 
-def _summary(measured: Mapping[str, float], *, is_gaussian: bool) -> str:
+def _summary(measured: Mapping[str, float]) -> str:
     """Return what was measured, in one line."""
     told = (
         f"{measured['trials']:.0f} draws of each world, {measured['coordinates']:.0f} coordinates: epsilon at least "
         f"{measured['epsilon_any_mechanism']:.3g} of any mechanism"
     )
-    if not is_gaussian:
+    if math.isnan(measured["epsilon_stated_law"]):
         return told
     return (
         f"{told}, of which {measured['epsilon_attainable']:.3g} are within reach of so many trials; "
@@ -235,26 +237,50 @@ def _taking_part(sums: _Sums, world: Tensor, num: int, sampling: Sampling, *, co
     return torch.where(joins, world, sums.absent)
 
 
-def _epsilon_of_law(mu: float, sampling: Sampling, relation: NeighboringRelation, delta: float) -> float:
-    """Return what one Gaussian release with 1 / mu for noise multiplier costs."""
+def _direction_law(door: Door, sums: _Sums) -> DirectionLaw | None:
+    """Return the law of what is drawn, if it is a direction and the sums lie on one line."""
+    mechanism = door.mechanism
+    if not isinstance(mechanism, VonMisesFisher):
+        return None
+    worlds = (sums.left, sums.right, sums.absent)
+    places = [float(world @ sums.direction) for world in worlds]
+    apart = max(float((world - place * sums.direction).norm()) for world, place in zip(worlds, places, strict=True))
+    if apart > _OFF_THE_LINE * float((sums.right - sums.left).norm()):
+        return None
+    left, right, absent = (mechanism.concentration(door.plan) * place for place in places)
+    return DirectionLaw(dim=len(sums.left), left=left, right=right, absent=absent)
+
+
+def _epsilon_of_law(
+    door: Door, sums: _Sums, errors: Errors, sampling: Sampling, delta: float, confidence: float
+) -> float:
+    """Return what one release costs at the least noise of the stated law that the errors allow; NaN of other laws."""
+    rate = 1.0 if sampling.scheme == "full" else sampling.rate
+    if (law := _direction_law(door, sums)) is not None:
+        return law.epsilon(delta, factor=law.factor(errors, confidence=confidence), rate=rate)
+    if not door.has_gaussian_noise:
+        return math.nan
+    mu = errors.mu(confidence=confidence)
     if mu < 1e-6:
         return 0.0
     event = GaussianRelease(noise_std=1 / mu, l2_sensitivity=1.0)
-    return compute_epsilon({(event, sampling): 1}, delta=delta, relation=relation).epsilon
+    return compute_epsilon({(event, sampling): 1}, delta=delta, relation=door.plan.relation).epsilon
 
 
 def _attainable(door: Door, sums: _Sums, sampling: Sampling, trials: int, delta: float, confidence: float) -> float:
-    """Return the bound of any mechanism where rates are the expected ones, at the best threshold."""
-    std, rate = door.law.std, 1.0 if sampling.scheme == "full" else sampling.rate
-    left, right, absent = (sums.place(world) / std for world in (sums.left, sums.right, sums.absent))
-    thresholds = np.linspace(-6, 6, 241)
+    """Return the bound of any mechanism where rates are the expected ones, at the best threshold; NaN of other laws."""
+    rate, law = 1.0 if sampling.scheme == "full" else sampling.rate, _direction_law(door, sums)
+    if law is None and not door.has_gaussian_noise:
+        return math.nan
+    worlds = (sums.left, sums.right, sums.absent)
+    if law is not None:
+        thresholds = np.linspace(-1, 1, 2001)
+        left, right, absent = (law.above(x, thresholds) for x in (law.left, law.right, law.absent))
+    else:
+        thresholds = np.linspace(-6, 6, 241)
+        left, right, absent = (stats.norm.sf(thresholds - sums.place(world) / door.law.std) for world in worlds)
     alpha, best = (1 - confidence) / 2, 0.0
-
-    def share(place: float, of: NDArray[np.float64]) -> NDArray[np.float64]:
-        mixed: NDArray[np.float64] = rate * stats.norm.sf(of - place) + (1 - rate) * stats.norm.sf(of - absent)
-        return mixed
-
-    for positives, power in zip(share(left, thresholds), share(right, thresholds), strict=True):
+    for positives, power in zip(rate * left + (1 - rate) * absent, rate * right + (1 - rate) * absent, strict=True):
         a = clopper_pearson_upper(positives * trials, trials, alpha)
         b = clopper_pearson_upper((1 - power) * trials, trials, alpha)
         best = max(best, epsilon_of_rates(a, b, delta))

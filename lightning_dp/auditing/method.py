@@ -124,21 +124,22 @@ def audit_method(
     """
     first = make_run()
     last = first.data.num_records - 1 if record is None else record
-    base = play(first, steps, unchanged(last), None, privatizer)
+    present = tuple({0, last})  # the first and the last may leave
+    base = play(first, steps, unchanged(last), None, privatizer, present=present)
     parts = [_Part("" if heard is base.own else "warm start, ", heard) for heard in base.parts]
     made = sum(len(heard.measured) for heard in base.parts)
     leaks = [f"{base.ledger_length} releases in the ledger, {made} made"] * (base.ledger_length != made)
     changes = record_changes(base.own.plan, last)
     for change in changes:
-        other = play(make_run(), steps, change, base, privatizer)
+        other = play(make_run(), steps, change, base, privatizer, present=present)
         leaks += base.differences(other)
         for part, heard in zip(parts, other.parts, strict=True):
             part.compare(heard, change.name)
     if any(heard.plan.spec.kind == "record" for heard in base.parts):
         # Once more with rows in sight, which ghost clipping never forms.
-        base_rows = play(make_run(), steps, unchanged(last), base, privatizer, with_rows=True)
+        base_rows = play(make_run(), steps, unchanged(last), base, privatizer, present=present, with_rows=True)
         for change in changes:
-            other = play(make_run(), steps, change, base, privatizer, with_rows=True)
+            other = play(make_run(), steps, change, base, privatizer, present=present, with_rows=True)
             for part, one, two in zip(parts, base_rows.parts, other.parts, strict=True):
                 part.most_rows = max(part.most_rows, one.changed_rows(two))
     return _judge(first, base, parts, leaks)

@@ -56,6 +56,16 @@ def keyed_normal(shape: torch.Size, *, seed: int, row_ids: Tensor, first_vector:
     return (math.sqrt(2) * torch.erfinv(centred)).to(torch.float32)
 
 
+def seed_for_moved(seed: int, places: int) -> int:
+    """Return the seed under which row i has the draws that row i + places has under `seed`; for audits.
+
+    Args:
+        seed: Of `keyed_uniform` or `keyed_normal`.
+        places: How far rows moved up.
+    """
+    return (seed + (places << 32) * _GOLDEN + 2**63) % 2**64 - 2**63
+
+
 def _shift_right(value: Tensor, bits: int) -> Tensor:
     """Shift 64-bit integers right without carrying the sign in."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -164,7 +164,8 @@ class _WithoutTrainer(SemiDualSinkhorn):
     @override
     def draw_records(self) -> Tensor:
         ids = super().draw_records()
-        return ids[ids < self._own.stop]  # an audit plays the last record as gone; its coin moves no other's
+        # An audit plays the last record, or the first, as gone; its coin moves no other's.
+        return ids[(ids >= self._own.start) & (ids < self._own.stop)]
 
     @override
     def record_points(self, ids: Tensor) -> Tensor:

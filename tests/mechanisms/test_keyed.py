@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_dp.mechanisms.keyed import keyed_normal, keyed_uniform
+from lightning_dp.mechanisms.keyed import keyed_normal, keyed_uniform, seed_for_moved
 
 DRAWS = [keyed_uniform, keyed_normal]
 
@@ -38,3 +38,12 @@ def test_seeds_rows_vectors_and_coordinates_differ(function):
 def test_counters_that_would_overlap_are_refused():
     with pytest.raises(ValueError, match="2\\^20"):
         draw(keyed_uniform, [0], dim=2**20 + 1)
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("seed", [0, 5, 2**63 - 1, 2**62 + 12345])
+def test_rows_that_moved_up_keep_their_draws_under_the_moved_seed(kind, seed):
+    shape, ids = torch.Size((6, 3, 5)), torch.arange(6)
+    before = kind(shape, seed=seed, row_ids=ids + 1, first_vector=2)
+    assert torch.equal(before, kind(shape, seed=seed_for_moved(seed, 1), row_ids=ids, first_vector=2))
+    assert not torch.equal(before, kind(shape, seed=seed, row_ids=ids, first_vector=2))

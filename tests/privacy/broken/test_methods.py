@@ -15,10 +15,14 @@ from lightning_dp.gradients.teachers import RowChunk, TeacherShards
 from lightning_dp.mechanisms.adaptive import AdaptiveGaussian
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 from lightning_dp.modules.dpsgd import DPSGDClassifier
+from lightning_dp.modules.moments import MomentsModule
 from lightning_dp.modules.semi_dual_warm_start import SemiDualWarmStart
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
+from lightning_dp.modules.vae import DPVAE
 from lightning_dp.modules.warm_start import MomentsWarmStart
+from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 from tests.conftest import TinyData, tiny_gan, tiny_generator
 from tests.modules.test_dpsgd import TinyClassifier
 from tests.modules.test_vae import tiny_vae
@@ -220,6 +224,74 @@ class FollowsRawNorms(AdaptiveGaussian):
         if len(norms):
             self._norm = float(norms.median())
         return scaling
+
+
+class ViewsByPosition(DPSGDClassifier):
+    """Views are drawn by a public seed and the position of a record, so those behind one that leaves get others."""
+
+    def record_seed(self, purpose):
+        return self.step_seed(purpose)
+
+
+class LatentsByPosition(DPVAE):
+    """The same of latent draws."""
+
+    def record_seed(self, purpose):
+        return self.step_seed(purpose)
+
+
+class WeighsByPosition(MomentsModule):
+    """Every other record of the file is left out of the sums."""
+
+    def private_images(self):
+        images = super().private_images().clone()
+        images[::2] = 0
+        return images
+
+
+def with_views(kind=DPSGDClassifier):
+    return lambda: kind(
+        TinyClassifier(), expected_batch_size=10, learning_rate=0.5, views_per_record=2, max_shift=2, flip=True
+    )
+
+
+def vae(kind=DPVAE):
+    def make():
+        module = tiny_vae()
+        module.__class__ = kind
+        return module
+
+    return make
+
+
+def moments(kind=MomentsModule):
+    return lambda: kind(ClassGaussianGenerator((1, 8, 8), num_classes=2, num_coefficients=6), clip=2.0, centre=1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "right", "wrong"),
+    [
+        (with_views, DPSGDClassifier, ViewsByPosition),
+        (vae, DPVAE, LatentsByPosition),
+        (moments, MomentsModule, WeighsByPosition),
+    ],
+    ids=["views", "latents", "sums"],
+)
+def test_what_a_position_decides_is_found_where_records_move_up(make, right, wrong):
+    """A removal at the end of the file moves nobody, and finds none of these."""
+    assert audit(make(right), "add_or_remove_one").verdict is Verdict.CONSISTENT
+    found = audit(make(wrong), "add_or_remove_one")
+    assert found.verdict is Verdict.VIOLATED
+    assert "the first record gone" in found.summary
+    assert found.measured["changed_rows"] > 10
+
+
+@pytest.mark.parametrize(
+    "mechanism", [lambda: TopAgg(top_k=4, votes="stochastic"), VonMisesFisher], ids=["coins", "directions"]
+)
+def test_secret_draws_of_a_mechanism_move_along(mechanism):
+    found = audit(dpsgd(), "add_or_remove_one", mechanism)
+    assert found.verdict is Verdict.CONSISTENT, found.summary
 
 
 @pytest.mark.parametrize(
