@@ -161,17 +161,7 @@ class DiscriminatorTeachers(TeacherEnsemble):
         self._all_have_records = bool(self._has_records.all())
         self._sample_shape = tuple(self._encoded(torch.zeros(1, *image_shape, device=self._device)).shape[1:])
         network = NETWORKS[self.network_name](self._sample_shape, num_classes)
-        if self._batch < network.min_batch:
-            raise ConfigurationError(
-                f"Expected at least {network.min_batch} records per teacher for network={self.network_name!r} (batch "
-                f"statistics), got {shards.num_records} records for num_teachers={self.num_teachers}, "
-                f"batch_size={self.batch_size}. Use fewer teachers or network='small_conv'."
-            )
-        if self.objective == "wasserstein" and network.min_batch > 1:
-            raise ConfigurationError(
-                f"network={self.network_name!r} takes batch statistics, which couple the slopes of a Wasserstein "
-                "critic. Choose network='gswgan', 'small_conv' or 'mlp'."
-            )
+        self._check_batch_statistics(network.min_batch, shards.num_records)
         self._seed, self._samples = seed, None
         self._stacks = AdamStacks(
             network,
@@ -183,11 +173,9 @@ class DiscriminatorTeachers(TeacherEnsemble):
             state_dir=self.state_dir,
         )
         self._rounds = 0
-        chosen = self.backend_name
-        if chosen == "auto":
-            chosen = choose_backend(self.network_name, self._device)
-        self.chosen_backend = chosen
-        by_hand = chosen == "stacked" and network.dense_layers
+        is_open = self.backend_name == "auto"
+        self.chosen_backend = choose_backend(self.network_name, self._device) if is_open else self.backend_name
+        by_hand = self.chosen_backend == "stacked" and network.dense_layers
         make = DenseBackend if by_hand else BACKENDS[self.chosen_backend]
         self._backend = make(network.to(self._device), objective=self.objective, penalty=self.penalty)
         self._chunk_sizes = ChunkSizes(
@@ -198,6 +186,20 @@ class DiscriminatorTeachers(TeacherEnsemble):
             num_lent=3 if self._stacks.is_remote else 0,
             preferred=CPU_CHUNKS[self.network_name, self.chosen_backend],
         )
+
+    def _check_batch_statistics(self, least: int, num_records: int) -> None:
+        """Refuse networks with batch statistics for teachers of too few records, and for Wasserstein critics."""
+        if self._batch < least:
+            raise ConfigurationError(
+                f"Expected at least {least} records per teacher for network={self.network_name!r} (batch "
+                f"statistics), got {num_records} records for num_teachers={self.num_teachers}, "
+                f"batch_size={self.batch_size}. Use fewer teachers or network='small_conv'."
+            )
+        if self.objective == "wasserstein" and least > 1:
+            raise ConfigurationError(
+                f"network={self.network_name!r} takes batch statistics, which couple the slopes of a Wasserstein "
+                "critic. Choose network='gswgan', 'small_conv' or 'mlp'."
+            )
 
     def train(self, make_fakes: FakeSource, *, step: int) -> None:  # noqa: D102
         stacks = self._bound_stacks()

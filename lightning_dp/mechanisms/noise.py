@@ -103,6 +103,9 @@ class NoiseSource:
 
         Returns:
             The sum, on the device of the total.
+
+        Raises:
+            ValueError: `std` is negative or not finite, or the total is not float64.
         """
         _check_std(std)
         if total.dtype != torch.float64:

@@ -267,6 +267,9 @@ class PrivateModule(pl.LightningModule, ABC):
         Args:
             outputs: What the released networks computed from public inputs.
             released: The descent direction for `outputs`, same number of entries.
+
+        Raises:
+            PrivacyProtocolError: `released` is no value that `release` returned.
         """
         if not isinstance(released, Released):
             raise PrivacyProtocolError("backward_released() takes the value that release() returned, not a tensor.")
@@ -286,6 +289,9 @@ class PrivateModule(pl.LightningModule, ABC):
         Args:
             parameters: Parameters of released networks, in the order in which the rows were flattened.
             released: The released mean gradient (not a descent direction), one number per parameter entry.
+
+        Raises:
+            PrivacyProtocolError: `released` is no value that `release` returned.
         """
         if not isinstance(released, Released):
             raise PrivacyProtocolError("assign_released() takes the value that release() returned, not a tensor.")

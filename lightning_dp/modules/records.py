@@ -77,7 +77,11 @@ class PoissonModule(AveragedModule):
             self._record_key = _record_key(self.insecure_seed)
 
     def draw_records(self) -> Tensor:
-        """Return the private indices of this process' records in this step, int64 on the CPU; possibly none."""
+        """Return the private indices of this process' records in this step, int64 on the CPU; possibly none.
+
+        Raises:
+            PrivacyProtocolError: The trainer has not called `setup` yet.
+        """
         if self._sampler is None:
             raise PrivacyProtocolError("Records are drawn after setup(), which the trainer calls.")
         return self._sampler.draw()
@@ -146,7 +150,11 @@ class RecordModule(PoissonModule):
         self.source = GradientSource(gradients, chunk_size)
 
     def record_spec(self, network: nn.Module) -> ContributionSpec:
-        """Describe rows that are per-record gradients of `network`."""
+        """Describe rows that are per-record gradients of `network`.
+
+        Raises:
+            ConfigurationError: All of its parameters are frozen.
+        """
         segments = row_segments(network)
         if not segments:
             raise ConfigurationError(f"{type(network).__name__} has no parameter to train; unfreeze some.")

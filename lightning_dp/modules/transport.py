@@ -22,14 +22,14 @@ class TransportModule(PoissonModule):
 
     Args:
         generator: The network that leaves.
-        basis: Public basis in which images are compared; null compares pixels.
-        expected_batch_size: See `PoissonModule`.
-        learning_rate: Adam's learning rate.
-        weight_decay: Adam's weight decay, >= 0.
-        betas: Adam's betas.
-        final_learning_rate_share: The learning rate falls along a half cosine to this share of itself; 1 keeps it.
-        ema_decay: Decay of the moving average of the generator that is released; 0 releases the last iterate.
-        public_seed: Seed of latents and labels; not of the noise, nor of the sampling.
+        basis: See `DPSinkhorn`, as all that follow: the flags are those of the methods.
+        expected_batch_size: See `DPSinkhorn`.
+        learning_rate: See `DPSinkhorn`.
+        weight_decay: See `DPSinkhorn`.
+        betas: See `DPSinkhorn`.
+        final_learning_rate_share: See `DPSinkhorn`.
+        ema_decay: See `DPSinkhorn`.
+        public_seed: See `DPSinkhorn`.
 
     Raises:
         ConfigurationError: A value is out of range.
