@@ -1,6 +1,6 @@
 """Methods that count their steps and may publish a moving average of what they train."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -76,12 +76,14 @@ class AveragedModule(PrivateModule):
     @override
     def check_published(self) -> None:
         super().check_published()
-        if self._average_guard is not None:
-            self._average_guard.check_parameters()
+        if self._average_guard is not None and self.average is not None:
+            self._average_guard.check_parameters(self.average.network.parameters())
 
     @override
-    def published_source(self) -> nn.Module:
-        return super().published_source() if self.average is None else self._followed()
+    def watched_parameters(self) -> Iterator[nn.Parameter]:
+        yield from super().watched_parameters()
+        if self.average is not None:
+            yield from self.average.network.parameters()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class PrivateModule(pl.LightningModule, ABC):
         self.automatic_optimization = False
         self._session: ReleaseSession | None = None
         self._guard: ReleaseGuard | None = None
+        self._published_options: dict[str, Any] = {}
         self._facts: PublicFacts | None = None
         # Saved with the weights: no ledger can forget what they learned from, nor stand in for another one.
         self._absorbed_releases = 0
@@ -107,10 +108,6 @@ class PrivateModule(pl.LightningModule, ABC):
     def released_model(self) -> ReleasableNetwork:
         """Return the network that is published; the generator, unless the method trains another thing."""
         return self.released_generator()
-
-    def published_source(self) -> nn.Module:
-        """Return the network whose guarded steps make the published one; itself, unless an average is published."""
-        return self.released_model()
 
     def networks_of_records(self) -> dict[str, nn.Module]:
         """Return the networks that records pass through where rows are made: those that leave, by default."""
@@ -206,12 +203,8 @@ class PrivateModule(pl.LightningModule, ABC):
             PrivacyProtocolError: The ledger does not hold all releases that the module has learned from, or a network
                 is published that is none of the released ones.
         """
-        guarded = {id(parameter) for parameter in self._released_parameters()}
-        if any(id(parameter) not in guarded for parameter in self.published_source().parameters()):
-            raise PrivacyProtocolError(
-                f"{type(self).__name__} publishes parameters that nobody watches; return their network from "
-                "released_networks(), so that its optimizer steps on released gradients alone."
-            )
+        self._published_options = self.released_model().options()
+        self._check_watched()
         held = session.ledger.writers()
         lacks_own = any(held.get(writer, 0) < count for writer, count in self._absorbed_writers.items())
         if len(session.ledger) < self._absorbed_releases or lacks_own:
@@ -335,10 +328,31 @@ class PrivateModule(pl.LightningModule, ABC):
         """See that the released networks are what guarded steps have left; asked before they are written.
 
         Raises:
-            PrivacyProtocolError: They were edited since the last step, by a callback at the end of training, say.
+            PrivacyProtocolError: They, or the options that are written beside them, were edited since the last step, by
+                a callback at the end of training, say, or others stand in their place.
         """
-        if self._guard is not None:
-            self._guard.check_parameters()
+        if self._guard is None:
+            return
+        self._guard.check_parameters(self._released_parameters())
+        self._check_watched()
+        if self.released_model().options() != self._published_options:
+            raise PrivacyProtocolError(
+                f"The options of {type(self).__name__}'s published network changed while it was trained; they are "
+                "written beside its parameters, and have to be public. Set them before training."
+            )
+
+    def _check_watched(self) -> None:
+        """Refuse to publish parameters of which nobody knows what they have learned from."""
+        watched = {id(parameter) for parameter in self.watched_parameters()}
+        if any(id(parameter) not in watched for parameter in self.released_model().parameters()):
+            raise PrivacyProtocolError(
+                f"{type(self).__name__} publishes parameters that nobody watches; return their network from "
+                "released_networks(), so that its optimizer steps on released gradients alone."
+            )
+
+    def watched_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield all parameters that are held to what releases and guarded steps left."""
+        yield from self._released_parameters()
 
     def _admit_gradients(self) -> None:
         # Each process has made them of the same released value.

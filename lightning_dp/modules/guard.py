@@ -45,15 +45,20 @@ class ReleaseGuard:
         """Take the present parameters as what a guarded step has left."""
         self._expected = [parameter.detach().clone() for parameter in self._parameters]
 
-    def check_parameters(self) -> None:
+    def check_parameters(self, present: Iterable[nn.Parameter] | None = None) -> None:
         """See that no parameter has moved since the last guarded step; asked before each step and before publishing.
 
+        Args:
+            present: What stands in the networks now, where others may have been put; None if they are the same.
+
         Raises:
-            PrivacyProtocolError: One has.
+            PrivacyProtocolError: One has moved, or there are more or fewer.
         """
-        for parameter, expected in zip(self._parameters, self._expected, strict=True):
+        found = self._parameters if present is None else list(present)
+        is_same = len(found) == len(self._expected)
+        for parameter, expected in zip(found, self._expected, strict=False):
             # Strategies move a module off its device when training is over.
-            if not _same(parameter.detach(), expected.to(parameter.device)):
+            if not is_same or not _same(parameter.detach(), expected.to(parameter.device)):
                 raise PrivacyProtocolError(
                     "A parameter of a released network changed outside a step on a released gradient (by another "
                     "optimizer, or an edit in place). Nothing private may reach it but through release()."

@@ -1,5 +1,6 @@
 """The seam refuses every way around `release` that we could think of."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -163,6 +164,30 @@ class TestNoWayAround:
 
         with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
             fit(tmp_path, as_class(Edits, ema_decay=0.5))
+
+    @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+    @pytest.mark.parametrize("way", ["parameter", "network", "options", "another"])
+    def test_what_stands_in_the_place_of_a_watched_network_is_not_published(self, tmp_path, ema_decay, way):
+        """The broken version compares the parameters that were there at first, which nobody touches."""
+        module = tiny_gan(ema_decay=ema_decay)
+        fit(tmp_path, module)
+        module.check_published()
+        published = module.released_model()
+        if way == "parameter":
+            published.means = nn.Parameter(published.means.detach() + 1e-3)
+        elif way == "options":
+            published.latent_dim += 1
+        else:
+            other = copy.deepcopy(published)
+            other.means.data.add_(1e-3)
+            if way == "another":
+                module.released_model = lambda: other
+            elif ema_decay:
+                module.average.network = other
+            else:
+                module.generator = other
+        with pytest.raises(PrivacyProtocolError, match=r"changed|nobody watches"):
+            module.check_published()
 
     def test_an_average_that_was_edited_at_the_end_is_not_published(self, tmp_path):
         module = tiny_gan(ema_decay=0.5)
