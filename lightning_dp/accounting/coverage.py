@@ -15,7 +15,7 @@ DEFAULT_NOT_COVERED: tuple[str, ...] = (
     "the set of labels and the number of records, which are treated as public",
     _FLOATING_POINT,
     _TIME,
-    "what code declares public, on its author's word: initial weights, PublicRows, PublicSamples, Released.map",
+    "what an author's code calls public: initial weights, PublicRows, PublicSamples, Released.map, log names",
     "other runs on the same records (each ledger speaks for itself)",
 )
 """What an epsilon of ours never covers unless a method says otherwise; see `default_not_covered`."""

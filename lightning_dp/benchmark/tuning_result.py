@@ -1,5 +1,6 @@
 """Publishes the best run of a selection under the claim of the selection, and nothing of the others."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Mapping
@@ -66,6 +67,8 @@ def publish_choice(folder: Path, chosen: Chosen, *, score: str) -> RunCard:
         chosen.card,
         title=f"{chosen.card.title}, chosen by {score}",
         run_id=chosen.run_id,
+        # The run's own date would tell its place among the draws, as the name of its folder would.
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=config,
         claim=claim.to_dict(),
         claim_statement=claim.statement(),

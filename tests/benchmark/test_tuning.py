@@ -93,6 +93,7 @@ def test_the_best_alone_is_published_under_the_price_of_the_choice(tmp_path, dra
     assert "the held-out records of digits: accuracy/cnn" in outcome.out
     names = {"ledger.jsonl", "claim.json", "run_card.json", "run_card.html", "config.yaml", "selected.json", ".lock"}
     assert published(found.folder) == {*names, "samples.png"}
+    assert card.created > best.card.created  # its own date would tell its place among the draws
     own = json.dumps(best.card.claim["epsilon"])
     for name in ("run_card.json", "run_card.html", "config.yaml", "selected.json", "claim.json"):
         text = (found.folder / name).read_text()
