@@ -38,7 +38,12 @@ class Table:
         Args:
             conditions: When and on what it was measured.
         """
-        lines = [f"{self.title} ({conditions}).", "", _row(self.columns), _row(["---"] * len(self.columns))]
+        title = (
+            self.title
+            if self.device == "cpu"
+            else self.title.replace("CPU second", "second").replace("CPU time", "time")
+        )
+        lines = [f"{title} ({conditions}).", "", _row(self.columns), _row(["---"] * len(self.columns))]
         lines += [_row(cells) for cells in self.rows]
         lines += ["" for _ in self.targets][:1]
         lines += [f"- Target, {text}: {'met' if is_met else '**missed**'}." for text, is_met in self.targets.items()]

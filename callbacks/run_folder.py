@@ -141,6 +141,7 @@ class RunFolder(pl.Callback):
                 "total_time_s": time.monotonic() - self._start,
                 "cpu_time_s": time.process_time(),
                 "peak_memory_mb": _peak_memory_mb(),
+                **_peak_device_memory(self._device),
                 "device": self._device,
                 "processes": trainer.world_size,
                 "machine": f"{platform.machine()}, {platform.system()}",
@@ -175,6 +176,10 @@ class RunFolder(pl.Callback):
 
 def _peak_memory_mb() -> float:
     return peak_resident_bytes() / 1024**2
+
+
+def _peak_device_memory(device: str) -> dict[str, float]:
+    return {"peak_device_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20} if "cuda" in device else {}
 
 
 def _total_memory_gb() -> float:

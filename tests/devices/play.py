@@ -1,6 +1,6 @@
-"""Train small runs twice, on the CPU and on the pretended device, and print by how much their parameters differ.
+"""Train small runs twice, on the CPU and on a pretended device (or a real one), and print how far parameters differ.
 
-    python -m tests.devices.play NAME...
+    python -m tests.devices.play [--device cuda] NAME...
 
 In a process of its own, because a device cannot be taken out of PyTorch again.
 """
@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.mechanisms.von_mises_fisher import VonMisesFisher
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from tests.conftest import TinyData, settings, tiny_discriminator_gan, tiny_generator, trainer_for
-from tests.devices.pretend import PretendAccelerator, pretended
+from tests.devices.pretend import NAME, PretendAccelerator, pretended
 from tests.distributed.runs import CASES, Case
 from tests.modules.test_dpsgd import tiny_dpsgd
 from tests.modules.test_semi_dual import tiny_semi_dual
@@ -72,9 +73,11 @@ def train(case: Case, device: torch.device | None, folder: Path) -> dict[str, to
     mechanism = copy.deepcopy(case.mechanism)  # some adapt
     privatizer = GradientPrivatizer(mechanism=mechanism, accountant=accountant, warm_start=warm)
     options: dict[str, Any] = {}
-    if device is not None:
+    if device is not None and device.type == NAME:
         there = SingleDeviceStrategy(device=device, accelerator=PretendAccelerator())
         options = {"strategy": there, "accelerator": "auto"}
+    elif device is not None:
+        options = {"accelerator": device.type}
     module = case.make()
     trainer = trainer_for(folder, [privatizer, accountant], min(STEPS, case.steps), **options)
     trainer.fit(module, datamodule=TinyData())
@@ -98,14 +101,14 @@ def difference(case: Case, device: torch.device) -> float:
 
 
 def main(names: list[str]) -> None:
-    """Print a JSON object: a difference for each name, or the last lines of an error."""
+    """Print a JSON object: a difference for each name (all of them if none is given), or an error."""
     torch.set_num_threads(1)
-    found: dict[str, float | str] = {}
-    for name in names:
-        case = {**CASES, **MORE}[name]
-        with pretended() as device:
+    real = torch.device(names[1]) if names[:1] == ["--device"] else None
+    cases, found = {**CASES, **MORE}, dict[str, float | str]()
+    for name in (names[2:] if real else names) or cases:
+        with pretended() if real is None else nullcontext(real) as device:
             try:
-                found[name] = difference(case, device)
+                found[name] = difference(cases[name], device)
             except Exception:
                 found[name] = traceback.format_exc()
     print(json.dumps(found))
