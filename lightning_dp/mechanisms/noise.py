@@ -1,7 +1,7 @@
 """The secret noise source: float64 draws keyed by (secret, release number, leaf), never a replayable stream.
 
 Every draw comes from a fresh counter-based generator (NumPy's Philox-4x64) whose 128-bit key is the BLAKE2b hash of
-the process secret and the draw's name. The result does not depend on the order of the draws, on chunking or on the
+the process secret and the draw's name (of a long release: of each part). The result does not depend on the order of the draws, on chunking or on the
 rank. The secret is read from the operating system at every process start, lives in memory only, and is never logged,
 pickled or saved, so a resumed run cannot repeat noise; a forked child, which would repeat its parent's, is refused.
 Philox is not a cryptographic generator: the guarantee covers observers who see released values, not one who can invert
@@ -12,17 +12,20 @@ import hashlib
 import math
 import os
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Final, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyProtocolError
 from lightning_dp.mechanisms.whole_noise import WholeLaw, whole_noise
 
 _BLOCK: Final = 2**15  # draws that stay in the cache until they are added
+_PART: Final = 2**18  # draws of one key: a longer release has several, which threads may draw at the same time
 
 
 class NoiseSource:
@@ -89,6 +92,9 @@ class NoiseSource:
             ValueError: `std` is negative or not finite.
         """
         _check_std(std)
+        if math.prod(shape) > _PART:
+            none = torch.zeros(shape, dtype=torch.float64)
+            return self.add_gaussian(none, std=std, release_number=release_number, leaf=leaf)
         draw = self.generator(release_number=release_number, leaf=leaf).standard_normal(shape)
         return torch.from_numpy(np.multiply(draw, std, out=np.asarray(draw)))
 
@@ -111,14 +117,20 @@ class NoiseSource:
         if total.dtype != torch.float64:
             raise ValueError(f"Expected a total in float64 to add noise to, got dtype={total.dtype}.")
         summed = total.detach().cpu().contiguous()
-        source = self.generator(release_number=release_number, leaf=leaf)
         numbers = summed.view(-1).numpy()
-        drawn = np.empty(min(_BLOCK, len(numbers)))
-        for start in range(0, len(numbers), _BLOCK):
-            block = numbers[start : start + _BLOCK]
-            few = drawn[: len(block)]
-            source.standard_normal(out=few)
-            block += np.multiply(few, std, out=few)
+
+        def add_to(start: int) -> None:
+            part = numbers[start : start + _PART]
+            name = leaf if start == 0 else f"{leaf}:part:{start // _PART}"  # no key serves twice
+            _add(part, self.generator(release_number=release_number, leaf=name), std)
+
+        starts = range(0, len(numbers), _PART)
+        if min(len(starts), torch.get_num_threads()) <= 1:
+            for start in starts:
+                add_to(start)
+        else:
+            with ThreadPoolExecutor(min(len(starts), torch.get_num_threads())) as threads:
+                list(threads.map(add_to, starts))
         return summed.to(total.device)
 
     def whole(
@@ -167,6 +179,16 @@ class NoiseSource:
 
     def __repr__(self) -> str:
         return f"NoiseSource(is_secret={self.is_secret})"
+
+
+def _add(numbers: NDArray[np.float64], source: np.random.Generator, std: float) -> None:
+    """Add draws to numbers, a block at a time."""
+    drawn = np.empty(min(_BLOCK, len(numbers)))
+    for start in range(0, len(numbers), _BLOCK):
+        block = numbers[start : start + _BLOCK]
+        few = drawn[: len(block)]
+        source.standard_normal(out=few)
+        block += np.multiply(few, std, out=few)
 
 
 def _check_std(std: float) -> None:

@@ -6,9 +6,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from lightning_dp.errors import PrivacyProtocolError
-from lightning_dp.mechanisms.noise import NoiseSource
+from lightning_dp.mechanisms.noise import _PART, NoiseSource
 
 
 def draw(source: NoiseSource, number: int, leaf: str = "noise", size: int = 1000) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_a_forked_child_cannot_repeat_its_parents_noise():
     assert refusals() == 0
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**15, 2**15 + 1, 100_000])
+@pytest.mark.parametrize("size", [0, 1, 2**15, 2**15 + 1, 2**18 + 1])
 def test_noise_that_is_added_in_blocks_is_the_noise_that_is_drawn(size):
     source, total = NoiseSource(), torch.linspace(-5, 5, size, dtype=torch.float64)
     wanted = source.gaussian((size,), std=2.5, release_number=3).add_(total)
@@ -120,3 +121,33 @@ def test_noise_is_added_to_nothing_less_precise():
         NoiseSource().add_gaussian(torch.zeros(3), std=1.0, release_number=1)
     with pytest.raises(ValueError, match="noise std"):
         NoiseSource().add_gaussian(torch.zeros(3).double(), std=-1.0, release_number=1)
+
+
+def long_noise(source: NoiseSource, size: int = 2 * _PART + 5) -> torch.Tensor:
+    return source.gaussian((size,), std=2.5, release_number=3)
+
+
+def test_threads_draw_the_same_noise_whatever_their_number(monkeypatch):
+    source = NoiseSource(insecure_seed=1)
+    found = []
+    for number in (1, 2, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        found.append(long_noise(source))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def parts_repeat(noise: torch.Tensor) -> bool:
+    first, second, third = noise.split(_PART)
+    return bool((first == second).any() or (first[: len(third)] == third).any())
+
+
+def test_parts_of_a_long_release_repeat_nothing(monkeypatch):
+    noise = long_noise(NoiseSource())
+    assert not parts_repeat(noise)
+    low, high = stats.chi2.interval(0.9999, len(noise))
+    assert low <= (noise / 2.5).square().sum().item() <= high
+
+    plain = NoiseSource.generator
+    monkeypatch.setattr(NoiseSource, "generator", lambda self, **name: plain(self, **{**name, "leaf": "noise"}))
+    assert parts_repeat(long_noise(NoiseSource())), "one key for all parts goes unnoticed"
