@@ -1,9 +1,10 @@
 """The secret noise source: float64 draws keyed by (secret, release number, leaf), never a replayable stream.
 
 Every draw comes from a fresh counter-based generator (NumPy's Philox-4x64) whose 128-bit key is the BLAKE2b hash of
-the process secret and the draw's name (of a long release: of each part). The result does not depend on the order of the draws, on chunking or on the
-rank. The secret is read from the operating system at every process start, lives in memory only, and is never logged,
-pickled or saved, so a resumed run cannot repeat noise; a forked child, which would repeat its parent's, is refused.
+the process secret and the draw's name (of a long release: of each part of it). The result does not depend on the order
+of the draws, on chunking, on threads or on the rank. The secret is read from the operating system at every process
+start, lives in memory only, and is never logged, pickled or saved, so a resumed run cannot repeat noise; a forked
+child, which would repeat its parent's, is refused.
 Philox is not a cryptographic generator: the guarantee covers observers who see released values, not one who can invert
 Philox from them. Noise in whole numbers (`NoiseSource.whole`) comes from SHAKE-256 instead, which is one.
 """
