@@ -21,7 +21,9 @@ from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.modules.base import PrivateModule
 from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import ReleaseSession
+from lightning_dp.modules.step_memory import check_memory
 from lightning_dp.modules.warm_start import WarmPlan, WarmStart
+from lightning_dp.wording import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -135,6 +137,7 @@ class GradientPrivatizer(pl.Callback):
         if data is None:
             raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")
         budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
+        check_memory(pl_module, self.mechanism, trainer.strategy.root_device)
         pl_module.logs_raw = self.raw_telemetry
         pl_module.planned_releases = budget.num_own
         pl_module.insecure_seed = self.accountant.privacy.insecure_seed
@@ -142,7 +145,7 @@ class GradientPrivatizer(pl.Callback):
         header = self.public_header(pl_module, data, budget)
         self._own = own = (self.mechanism.step_event(self._plan), pl_module.sampling)
         self.accountant.open(budget, header, next_release=own, ranks=pl_module.ranks)
-        plan = f"Privacy: {budget.num_releases} releases of {self._mechanism_name}"
+        plan = f"Privacy: {counted(budget.num_releases, 'release')} of {self._mechanism_name}"
         if not self.mechanism.is_private:
             _logger.info(f"{plan}, which bounds nothing: the run is not private.")
             return

@@ -19,6 +19,7 @@ from lightning_dp.accounting.plan import ledger_plan
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks
+from lightning_dp.wording import counted
 
 _logger = logging.getLogger(__name__)
 _SAMPLED_EPSILON_POINTS = 10  # of a run, at most; which they are follows from the plan alone, and from no clock,
@@ -179,7 +180,7 @@ class PrivacyAccountant(pl.Callback):
         if self._ranks.rank == 0 and self._is_beyond_budget(event, sampling):
             raise PrivacyProtocolError(
                 f"The next release would cross the budget (epsilon={self._budget.epsilon:g}, "
-                f"delta={self._budget.delta:g}, {self._budget.num_releases} releases). The run ends here."
+                f"delta={self._budget.delta:g}, {counted(self._budget.num_releases, 'release')}). The run ends here."
             )
         key = (event, sampling)
         if self._member is not None and self.ledger.counts().get(key, 0) >= self._member.reserved.get(key, 0):
@@ -221,7 +222,9 @@ class PrivacyAccountant(pl.Callback):
                 "Start a new run in another --run_dir (its epsilon adds to this one's)."
             )
         if lost:
-            _logger.info(f"{lost} releases after the last checkpoint stay charged; what they taught is lost.")
+            _logger.info(
+                f"Still charged: {counted(lost, 'release')} after the last checkpoint; what they taught is lost."
+            )
 
     @override
     def on_train_batch_end(
@@ -253,7 +256,7 @@ class PrivacyAccountant(pl.Callback):
             return
         done = len(self.ledger)
         reason = "as planned" if done >= self._budget.num_releases else "one more would cross the budget"
-        _logger.info(f"{done} releases made, {reason}.")
+        _logger.info(f"{counted(done, 'release')} made, {reason}.")
         trainer.should_stop = True
 
     def _is_spent(self) -> bool:

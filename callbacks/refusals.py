@@ -43,12 +43,24 @@ def refuse_settings(trainer: pl.Trainer, *, raw_telemetry: bool) -> None:
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} would mix releases; "
             "set it to 1. Rows are chunked inside one release."
         )
-    if str(trainer.precision) not in ("32-true", "bf16-mixed"):
-        raise ConfigurationError(
-            f"Expected trainer.precision 32-true or bf16-mixed, got precision={trainer.precision}. (fp16 scales "
-            "losses and skips steps on overflow, which depends on data without noise.)"
-        )
+    refuse_precision(trainer.precision)
     check_strategy(trainer)
+
+
+def refuse_precision(precision: str | int) -> None:
+    """Refuse precisions in which a step may be skipped; the command line asks before Lightning puts others in place.
+
+    Args:
+        precision: As a trainer names it, or as it was asked for.
+
+    Raises:
+        ConfigurationError: It is none of those that may be used.
+    """
+    if str(precision) not in ("32-true", "32", "bf16-mixed", "bf16"):
+        raise ConfigurationError(
+            f"Expected trainer.precision 32-true or bf16-mixed, got precision={precision}. (fp16 scales losses and "
+            "skips steps on overflow, which depends on data without noise.)"
+        )
 
 
 def _refuse_open_checkpoints(trainer: pl.Trainer) -> None:

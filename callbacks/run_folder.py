@@ -143,6 +143,7 @@ class RunFolder(pl.Callback):
                 "peak_memory_mb": _peak_memory_mb(),
                 **_peak_device_memory(self._device),
                 "device": self._device,
+                "precision": str(trainer.precision),
                 "processes": trainer.world_size,
                 "machine": f"{platform.machine()}, {platform.system()}",
                 "processors": f"{os.cpu_count()} processors, {torch.get_num_threads()} used",

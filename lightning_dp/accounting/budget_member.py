@@ -10,6 +10,7 @@ from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import ledger_plan
 from lightning_dp.errors import ConfigurationError, LedgerError
+from lightning_dp.wording import counted
 
 _LEASES = 20  # parts of a plan that are noted one by one
 
@@ -75,7 +76,7 @@ class BudgetMember:
         state = self._budget.state()
         _logger.info(
             f"Budget of {state.terms.dataset} (epsilon={state.terms.epsilon:g}, delta={state.terms.delta:g}): "
-            f"{100 * min(1.0, state.spent):.3g} % reserved by {len(state.runs)} runs, this one included."
+            f"{100 * min(1.0, state.spent):.3g} % reserved by {counted(len(state.runs), 'run')}, this one included."
         )
 
     def end(self) -> None:
@@ -111,4 +112,4 @@ class BudgetMember:
         for writer, lost in self._budget.unseen(self._run, self._ledger).items():
             if (count := min(lost, room - len(self._ledger))) > 0:
                 self._ledger.charge_lost(writer, event, sampling, count)
-                _logger.info(f"{count} releases that the last process of this run had room to make are charged.")
+                _logger.info(f"Charged: {counted(count, 'release')} that the last process of this run had room for.")

@@ -15,6 +15,7 @@ from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.filters import Rule
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +144,9 @@ def check_known(request: RunRequest, *, is_held: bool, folder: Path) -> None:
     """Refuse a run that released before it reserved here: others were admitted as if it had not."""
     if request.released and not is_held:
         raise ConfigurationError(
-            f"The run {request.name} has made {request.released} releases, of which the budget in {folder} knows "
-            "nothing. Give the folder in which it was begun (an older copy of it will not do), or start a new run."
+            f"The run {request.name} has made {counted(request.released, 'release')}, of which the budget in "
+            f"{folder} knows nothing. Give the folder in which it was begun (an older copy will not do), or start a "
+            "new run."
         )
 
 

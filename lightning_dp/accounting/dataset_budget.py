@@ -32,6 +32,7 @@ from lightning_dp.accounting.filters import best_order, joined, rule_for, withou
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import plan_header
 from lightning_dp.errors import BudgetExceededError, ConfigurationError, LedgerError
+from lightning_dp.wording import counted
 
 
 @dataclass
@@ -193,7 +194,7 @@ class DatasetBudget:
                 raise ConfigurationError(f"Expected the open ledger of run {run}; only it can show that it is empty.")
             if made := max(len(ledger or ()), sum(charge.writers.values())):
                 raise ConfigurationError(
-                    f"Run {charge.name!r} has made {made} releases, so its "
+                    f"Run {charge.name!r} has made {counted(made, 'release')}, so its "
                     "whole plan stays charged: a claim states the plan, whatever made the run stop."
                 )
             if state_of(file.lines, self._file.path).is_indivisible:
@@ -277,7 +278,7 @@ def _refusal(shortage: Shortage, terms: BudgetTerms, folder: Path) -> str:
     """Return in one line what is left and what would fit."""
     fits = []
     if shortage.num_releases is not None:
-        fits.append(f"{shortage.num_releases} releases (now {shortage.num_planned})")
+        fits.append(f"{counted(shortage.num_releases, 'release')} (now {shortage.num_planned})")
     if shortage.epsilon is not None:
         noise = f", noise multiplier about {shortage.noise_multiplier:.4g}" if shortage.noise_multiplier else ""
         fits.append(f"the same at an epsilon of {math.floor(1000 * shortage.epsilon) / 1000:g}{noise}")
@@ -297,9 +298,9 @@ def _check_not_older(charge: RunCharge, writers: Mapping[str, int], folder: Path
     for writer, count in charge.writers.items():
         if writers.get(writer, 0) < count:
             raise LedgerError(
-                f"The budget in {folder} knows {count} releases of run {charge.name!r} by one process, its ledger "
-                f"holds {writers.get(writer, 0)} of them: this run folder is an older copy. Go on with the newer one, "
-                "whose releases were made."
+                f"The budget in {folder} knows {counted(count, 'release')} of run {charge.name!r} by one process, its "
+                f"ledger holds {writers.get(writer, 0)} of them: this run folder is an older copy. Go on with the "
+                "newer one, whose releases were made."
             )
 
 

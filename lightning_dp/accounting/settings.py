@@ -11,6 +11,7 @@ from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_
 from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, parse_relation
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def _length(
         )
     if max_steps is not None and max_steps > allowed:
         raise ConfigurationError(
-            f"Contradictory settings: privacy.noise_multiplier={noise} allows {allowed} releases within "
+            f"Contradictory settings: privacy.noise_multiplier={noise} allows {counted(allowed, 'release')} within "
             f"privacy.target_epsilon={target}, but trainer.max_steps={max_steps}. Drop one of the three."
         )
     return min(allowed, max_steps or allowed), target

@@ -21,6 +21,7 @@ from lightning_dp.auditing.door import NoiseLawOf
 from lightning_dp.auditing.result import ALARM_CONFIDENCE, AuditResult, Line, Plot, judge
 from lightning_dp.auditing.transcripts import MethodRun, Overheard, Transcript, play
 from lightning_dp.auditing.worlds import record_changes, unchanged
+from lightning_dp.wording import counted
 
 __all__ = ["MethodRun", "audit_method"]
 
@@ -101,7 +102,7 @@ class _Part:
         """Return what was measured, in words."""
         num = len(self.heard.measured)
         moved = f"moved a release by {self.largest:.6g} at most, {self.limit:.6g} is charged"
-        return f"{self.name}{self.worst}: {moved}, over {num} release{'s' * (num != 1)}"
+        return f"{self.name}{self.worst}: {moved}, over {counted(num, 'release')}"
 
 
 def audit_method(

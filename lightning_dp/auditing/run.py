@@ -26,6 +26,7 @@ from lightning_dp.evaluation.features import DEFAULT_EXTRACTOR, load_extractor
 from lightning_dp.modules.published import load_classifier, load_generator
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.releasable import ReleasableNetwork
+from lightning_dp.wording import counted
 
 LEDGER_FILE, CLAIM_FILE, RELEASE_FOLDER, PRIVATE_FOLDER = "ledger.jsonl", "claim.json", "release", "private"
 
@@ -64,7 +65,8 @@ def audit_ledger(run: Path) -> AuditResult:
         delta=claim.delta,
         verdict=judge(is_alarm=bool(problems), is_doubt=not stated),
         summary=(
-            f"{claim.num_releases} releases verified; {claim.statement()}" + "".join(f"; {text}" for text in problems)
+            f"{counted(claim.num_releases, 'release')} verified; {claim.statement()}"
+            + "".join(f"; {text}" for text in problems)
         ),
         finds="a claim that the ledger does not bear out, lines that were changed, dropped or reordered",
         misses="releases that never reached the ledger; whole lines cut off the end of the file without a checkpoint",

@@ -12,6 +12,7 @@ from lightning_dp.benchmark.grid import Cell
 from lightning_dp.benchmark.plan import CellPlan
 from lightning_dp.benchmark.records import CellRecord
 from lightning_dp.evaluation.card_text import ceil_text, number_text, seconds_text
+from lightning_dp.wording import counted
 
 _STYLES = {"finished": "green", "refused": "yellow", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
 _SHOWN = ("accuracy/test", "accuracy/cnn", "accuracy/mlp", "accuracy/logistic", "fid")
@@ -46,7 +47,7 @@ class ConsoleReporter:
         noise = (
             "" if plan is None or plan.noise_multiplier is None else f", noise multiplier {plan.noise_multiplier:.4g}"
         )
-        length = "" if plan is None else f"{plan.num_releases} releases{noise}"
+        length = "" if plan is None else f"{counted(plan.num_releases, 'release')}{noise}"
         self._line(f"[{index}/{total}]", record, record.reason or length)
 
     def started(self, task: Task, run_dir: Path, num_releases: int, *, resumed: bool) -> None:

@@ -26,6 +26,7 @@ from lightning_dp.benchmark.rows import RULE, Result, Row, best_row, blocks_of, 
 from lightning_dp.benchmark.spending import Spending, read_ledgers, total_spending
 from lightning_dp.evaluation.card_text import ceil_text, number_text
 from lightning_dp.evaluation.report import read_run_card
+from lightning_dp.wording import counted
 
 MARKDOWN_FILE = "report.md"
 PAGE_FILE = "report.html"
@@ -119,7 +120,7 @@ def _head(name: str, records: Sequence[CellRecord], results: Sequence[Result]) -
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return [
         Heading(f"Comparison: {name}", 1),
-        Paragraph(f"Written {today}{_commit()}. {len(records)} cells: {told}."),
+        Paragraph(f"Written {today}{_commit()}. {counted(len(records), 'cell')}: {told}."),
         Bullets(_statements(results)),
     ]
 

@@ -16,6 +16,7 @@ from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import parse_plan
 from lightning_dp.benchmark.plan import RESERVATIONS_FILE, CellPlan
 from lightning_dp.errors import BudgetExceededError, ConfigurationError, LedgerError
+from lightning_dp.wording import counted
 
 DATA = "{data}"
 """Stands in the folder of a budget for the label of the data set."""
@@ -168,7 +169,7 @@ class Reservations:
             is_ours = ledger.header.get("fingerprint") == fingerprint and len(ledger)
             if is_ours and str(ledger.header.get("run_id")) not in known:
                 raise ConfigurationError(
-                    f"{path.parent} has made {len(ledger)} releases that are not charged to the budget in "
+                    f"{path.parent} has made {counted(len(ledger), 'release')} not charged to the budget in "
                     f"{settings.folder}. Give another --out for a comparison within this budget."
                 )
 

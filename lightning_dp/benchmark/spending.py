@@ -16,6 +16,7 @@ from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import claimed_counts, plan_changes
 from lightning_dp.benchmark.runner import RUNS_FOLDER
 from lightning_dp.errors import LedgerError
+from lightning_dp.wording import counted
 
 _NOT_COVERED = (
     *DEFAULT_NOT_COVERED,
@@ -46,11 +47,12 @@ class Spending:
 
     def lines(self) -> list[str]:
         """Return what a reader has to know, plainly, one sentence a line."""
-        first = f"{self.dataset}: all {self.num_runs} runs together: {self.whole.statement()}"
+        first = f"{self.dataset}: all {counted(self.num_runs, 'run')} together: {self.whole.statement()}"
         lines = [first]
         if self.proved is not None:
             lines.append(
-                f"{self.dataset}: the {self.num_proved} PROVED runs alone, together: {self.proved.statement()}"
+                f"{self.dataset}: the {counted(self.num_proved, 'PROVED run')} alone, together: "
+                f"{self.proved.statement()}"
             )
         return lines if self.budget is None else [*lines, budget_line(self.budget)]
 
@@ -71,8 +73,8 @@ def budget_line(state: BudgetState) -> str:
     terms = state.terms
     return (
         f"{terms.dataset}: its budget (epsilon={terms.epsilon:g} at delta={terms.delta:g}) is reserved to "
-        f"{100 * min(1.0, state.spent):.3g} % by {len(state.runs)} runs, this comparison's and others; all of them: "
-        f"{state.claim().statement()}"
+        f"{100 * min(1.0, state.spent):.3g} % by {counted(len(state.runs), 'run')}, this comparison's and others; "
+        f"all of them: {state.claim().statement()}"
     )
 
 

@@ -82,7 +82,10 @@ def _limit_of_the_machine(error: Exception) -> str | None:
     """Return what to do about a lack of memory, disk or rights; None for other errors, which are bugs."""
     text = f"{type(error).__name__} {error}"
     if isinstance(error, MemoryError) or "OutOfMemoryError" in text or "can't allocate memory" in text:
-        return "not enough memory; lower model.images_per_step, model.chunk_size or evaluation.num_samples."
+        return (
+            "not enough memory; lower model.images_per_step, model.chunk_size, evaluation.num_samples or the sizes of "
+            "the model's networks."
+        )
     if isinstance(error, OSError) and error.errno in _LIMITS:
         where = error.filename or "a file of the run"
         return f"cannot write {where} ({error.strerror}); make room or mend its rights, then --ckpt_path last goes on."

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.wording import counted
 
 if TYPE_CHECKING:
     from lightning_dp.accounting.events import Sampling
@@ -151,7 +152,7 @@ def _why_lower(door: "Door", sampling: "Sampling", drawn: "AuditResult") -> str:
 
 def _rows_text(method: "AuditResult") -> str:
     changed = int(method.measured["changed_rows"])
-    return f"{changed} row{'s' * (changed != 1)} changed"
+    return f"{counted(changed, 'row')} changed"
 
 
 def _verdict_text(results: "Sequence[AuditResult]") -> str:

@@ -18,6 +18,7 @@ from rich.text import Text
 from lightning_dp.accounting.budget_request import DatasetBudgetSettings
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.wording import counted
 
 if TYPE_CHECKING:
     from lightning_dp.benchmark.grid import Grid
@@ -111,7 +112,9 @@ def _benchmark(options: Any) -> int:
     reporter = ConsoleReporter(console)
     comparison = Comparison(grid, folder, planner=plan_request, wandb=options.wandb, threads=threads)
     console.print(
-        Text(f"{grid.name}: {len(grid.cells())} cells at delta {grid.delta:g}, {grid.relation}, in {folder}"),
+        Text(
+            f"{grid.name}: {counted(len(grid.cells()), 'cell')} at delta {grid.delta:g}, {grid.relation}, in {folder}"
+        ),
         soft_wrap=True,
     )
     try:
@@ -194,7 +197,9 @@ def _tell(console: Console, folder: Path, records: list[Any], spent: list[str]) 
         console.print(f"claims: {claims}; delta {done[0].claim['delta']:g}, {done[0].claim['relation']}")
         console.print(f"FID in the space of: {', '.join(extractors) or 'none'}")
         total = sum(float(card.cost.get("total_time_s") or 0.0) for card in done)
-        console.print(f"time: {total:.0f} s over {len(done)} runs, each with its own samples.png and run_card.html")
+        console.print(
+            f"time: {total:.0f} s over {counted(len(done), 'run')}, each with its own samples.png and run_card.html"
+        )
     for name in (MARKDOWN_FILE, PAGE_FILE):
         console.print(f"report: {folder / name}", soft_wrap=True)
 

@@ -14,6 +14,7 @@ from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.benchmark.plan import RESERVATIONS_FILE
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import DataError
+from lightning_dp.wording import counted
 
 
 def is_about_dataset(arguments: list[str]) -> bool:
@@ -87,7 +88,7 @@ def _lines(state: BudgetState, delta: float) -> list[str]:
     lines = [
         f"{terms.dataset}, all runs in this budget: {claim.statement()}",
         f"budget: epsilon={terms.epsilon:g} at delta={terms.delta:g}, rule {rule}; "
-        f"{100 * state.spent:.3g} % of it reserved by {len(state.runs)} runs",
+        f"{100 * state.spent:.3g} % of it reserved by {counted(len(state.runs), 'run')}",
     ]
     if composed is not None and not state.is_fixed_list:
         lines.append(

@@ -1,5 +1,6 @@
 """``lightning-dp fit``: one run from one configuration, with the mechanism and the budget as flags."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +34,10 @@ from lightning_dp.cli.trainer_flags import given_callbacks, refuse_own
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.evaluation.report import RunCard
+from lightning_dp.gradients.free_memory import no_more_than_free
 from lightning_dp.mechanisms.base import Mechanism
 from lightning_dp.modules.base import PrivateModule
+from lightning_dp.modules.step_memory import check_memory
 from lightning_dp.modules.warm_start import WarmStart
 from lightning_dp.networks.generator import Generator
 
@@ -131,7 +134,9 @@ class FitCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is one line."""
         try:
-            one_line(super().instantiate_classes, ROOTS)
+            with ExitStack() as self._building:
+                self._building.enter_context(no_more_than_free())
+                one_line(super().instantiate_classes, ROOTS)
         except MisconfigurationException as error:
             raise ConfigurationError(
                 f"{error} Mend --trainer.accelerator and --trainer.devices (cpu and 1 are always there)."
@@ -139,6 +144,7 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Plan the run from public facts, build callbacks, loggers and the trainer, then make the run folder."""
+        self._building.close()  # networks are built
         options = self.config_init
         privatizer, budget = self.plan_privacy()
         self.run_dir, self._ckpt_path = resolve_run(options.name, options.run_dir, options.ckpt_path)
@@ -165,6 +171,7 @@ class FitCLI(LightningCLI):
             )
         trainer = super().instantiate_trainer(**given, **kwargs)
         privatizer.check_trainer(trainer)
+        check_memory(self.model, options.mechanism, trainer.strategy.root_device)
         if trainer.is_global_zero:
             make_run_dir(self.run_dir)
             (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 from lightning_dp.cli.comparison import add_budget_flags, make_backend, sigterm_interrupts, with_budget
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.wording import counted
 
 if TYPE_CHECKING:
     from lightning_dp.accounting.selection import RepeatLaw
@@ -83,7 +84,9 @@ def _select(options: Any) -> int:
     )
     console = Console()
     claim = tuning.plan()
-    console.print(f"{len(tuning.candidates)} candidates, chosen by {options.score}. The choice is {claim.statement()}")
+    console.print(
+        f"{counted(len(tuning.candidates), 'candidate')}, chosen by {options.score}. The choice is {claim.statement()}"
+    )
     tuning.check_budget()
     if options.dry_run:
         return 0

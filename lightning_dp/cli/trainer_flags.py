@@ -5,6 +5,7 @@ from typing import Any
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from callbacks import GradientPrivatizer, PrivacyAccountant
+from callbacks.refusals import refuse_precision
 from lightning_dp.errors import ConfigurationError
 
 
@@ -35,6 +36,8 @@ def refuse_own(trainer: Any) -> None:
             "trainer.enable_checkpointing=false and trainer.barebones leave no way to resume, so a crash would waste "
             "the budget; leave them out (--checkpoint_every sets how often)."
         )
+    if trainer.precision is not None:
+        refuse_precision(trainer.precision)  # on a CPU, Lightning would make bf16-mixed of 16-mixed
     if trainer.logger not in (None, True, False):
         raise ConfigurationError("trainer.logger is made by --wandb and the run folder; leave it out, or set false.")
 

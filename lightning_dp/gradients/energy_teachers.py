@@ -143,6 +143,11 @@ class EnergyTeachers(TeacherEnsemble):
             self._owners.append(owners[order].contiguous())
 
     @override
+    def row_bytes(self, num_images: int, vector_dim: int, *, num_records: int, num_classes: int) -> int:
+        at_once = min(self.chunk_size, max(1, num_records // num_classes))  # some label has as many records
+        return at_once * super().row_bytes(num_images // num_classes, vector_dim, num_records=0, num_classes=0)
+
+    @override
     def train(self, make_fakes: FakeSource, *, step: int) -> None:
         """Do nothing: the teachers have no parameters."""
 

@@ -230,6 +230,17 @@ class TeacherEnsemble(ABC):
 
     num_teachers: int
 
+    def row_bytes(self, num_images: int, vector_dim: int, *, num_records: int, num_classes: int) -> int:
+        """Return the memory that rows take at a time, at least: those of one teacher, and two working copies.
+
+        Args:
+            num_images: Fake images of a release.
+            vector_dim: Length of the vector judged per image.
+            num_records: Records of all teachers.
+            num_classes: Number of labels.
+        """
+        return 3 * 4 * num_images * vector_dim
+
     @abstractmethod
     def bind(
         self,

@@ -66,15 +66,21 @@ class PrivateModule(pl.LightningModule, ABC):
         Raises:
             ConfigurationError: The data do not fit the method.
         """
+        other, flags = [], []
         for name, part in self.named_children():
-            made = getattr(part, "image_shape", None), getattr(part, "num_classes", data.num_classes)
-            if made[0] is not None and made != (data.image_shape, data.num_classes):
-                classes = f" --model.{name}.num_classes {data.num_classes}" if hasattr(part, "num_classes") else ""
-                raise ConfigurationError(
-                    f"model.{name} is for images {made[0]} of {made[1]} classes, but the data are {data.image_shape} "
-                    f"of {data.num_classes}; set --model.{name}.image_shape '{list(data.image_shape)}'{classes}, or "
-                    "choose other data."
-                )
+            shape, classes = getattr(part, "image_shape", None), getattr(part, "num_classes", data.num_classes)
+            if shape is None or (shape, classes) == (data.image_shape, data.num_classes):
+                continue
+            other.append(f"model.{name} is for images {shape} of {classes} classes")
+            if shape != data.image_shape:
+                flags.append(f"--model.{name}.image_shape '{list(data.image_shape)}'")
+            if classes != data.num_classes:
+                flags.append(f"--model.{name}.num_classes {data.num_classes}")
+        if other:
+            raise ConfigurationError(
+                f"{', '.join(other)}, but the data are {data.image_shape} of {data.num_classes}; set {' '.join(flags)}"
+                ", or choose other data."
+            )
         self._facts = data
 
     @property
@@ -139,6 +145,10 @@ class PrivateModule(pl.LightningModule, ABC):
         fixed over releases (who holds which record).
         """
         return {"method": type(self).__name__}
+
+    def step_bytes(self) -> dict[str, int]:
+        """Return the memory that one step takes at least, by the setting that decides it; from public facts alone."""
+        return {}
 
     @property
     def conditional_on(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from lightning_dp.modules.options import check_betas, check_positive
 from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.records import RecordModule
 from lightning_dp.modules.release import PublicRows, PublicSamples, Released
+from lightning_dp.modules.step_memory import generated_bytes
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.discriminator import Discriminator
 from lightning_dp.networks.generator import Generator
@@ -111,6 +112,10 @@ class DPGAN(RecordModule):
         super().describe_data(data)
         seen = self._seen(torch.zeros(2, *data.image_shape, device=self.device))
         self.critic.check_takes(seen, data.num_classes, where="model.critic")
+
+    @override
+    def step_bytes(self) -> dict[str, int]:
+        return {f"model.fakes_per_step={self.num_fakes}": generated_bytes(self.generator, self.num_fakes)}
 
     @override
     def contribution_spec(self) -> ContributionSpec:

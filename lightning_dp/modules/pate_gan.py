@@ -18,6 +18,7 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import Released
+from lightning_dp.modules.step_memory import generated_bytes
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.discriminator import Discriminator
@@ -119,6 +120,11 @@ class PATEGAN(TeacherEnsembleGAN):
         super().describe_data(data)
         judged = self._judged(torch.zeros(2, *data.image_shape, device=self.device))
         self.student.check_takes(judged, data.num_classes, where="model.student")
+
+    @override
+    def step_bytes(self) -> dict[str, int]:
+        num = self.images_per_step
+        return {f"model.images_per_step={num}": generated_bytes(self.generator, num)}
 
     @override
     def contribution_spec(self) -> ContributionSpec:

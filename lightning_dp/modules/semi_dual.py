@@ -18,6 +18,7 @@ from lightning_dp.losses.semi_dual import balanced_potentials, directions_to
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.release import PublicRows
+from lightning_dp.modules.step_memory import generated_bytes
 from lightning_dp.modules.transport import TransportModule
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
@@ -98,6 +99,11 @@ class SemiDualSinkhorn(TransportModule):
     def segments(self) -> tuple[int, ...]:
         """Numbers of a row that belong to each class."""
         return (self.images_per_class * self.point_dim,) * self.generator.num_classes
+
+    @override
+    def step_bytes(self) -> dict[str, int]:
+        num = self.images_per_class * self.generator.num_classes
+        return {f"model.images_per_class={self.images_per_class}": generated_bytes(self.generator, num)}
 
     @override
     def contribution_spec(self) -> ContributionSpec:

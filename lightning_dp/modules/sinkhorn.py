@@ -20,6 +20,7 @@ from lightning_dp.losses.transport_cost import PointCloud, TransportCost
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.release import PublicRows, Released
+from lightning_dp.modules.step_memory import generated_bytes
 from lightning_dp.modules.transport import TransportModule
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
@@ -122,6 +123,12 @@ class DPSinkhorn(TransportModule):
         """
         wanted = self.expected_batch_size + _BATCH_DEVIATIONS * math.sqrt(self.expected_batch_size)
         return min(math.ceil(wanted), self.facts.num_records)
+
+    @override
+    def step_bytes(self) -> dict[str, int]:
+        num = self.images_per_step
+        costs = 2 * 8 * num * int(self.debias_ratio * num)
+        return {f"model.images_per_step={num}": generated_bytes(self.generator, num) + costs}
 
     @override
     def contribution_spec(self) -> ContributionSpec:

@@ -27,6 +27,7 @@ from lightning_dp.modules.options import check_betas, check_positive, check_shar
 from lightning_dp.modules.public_facts import PublicFacts
 from lightning_dp.modules.release import PublicRows, PublicSamples
 from lightning_dp.modules.schedule import with_cosine_schedule
+from lightning_dp.modules.step_memory import generated_bytes
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
 
@@ -170,6 +171,18 @@ class TeacherEnsembleGAN(AveragedModule):
             "images_per_step": self.images_per_step,
             "vector_dim": self.vector_dim,
         }
+
+    @override
+    def step_bytes(self) -> dict[str, int]:
+        num, num_classes = self.images_per_step, self.generator.num_classes
+        rows = self.teachers.row_bytes(
+            num, self.vector_dim, num_records=self.facts.num_records, num_classes=num_classes
+        )
+        needs = {f"model.images_per_step={num}": generated_bytes(self.generator, num) + rows}
+        if self.repulsion > 0:
+            pushes = 4 * self.pool_per_class * (num // num_classes) * self.vector_dim
+            needs[f"model.pool_per_class={self.pool_per_class}"] = pushes
+        return needs
 
     @property
     def vector_dim(self) -> int:

@@ -31,7 +31,7 @@ class TestGivingBack:
         reserve(budget, request("a"))
         with self.ledger(tmp_path) as ledger:
             ledger.append(gaussian(), FULL)
-            with pytest.raises(ConfigurationError, match="made 1 releases, so its whole plan stays charged"):
+            with pytest.raises(ConfigurationError, match="made 1 release, so its whole plan stays charged"):
                 budget.give_back("a", ledger)
         assert budget.state().counts == {(gaussian(), FULL): 5}
 

@@ -35,7 +35,7 @@ def test_two_runs_fit_the_third_is_refused_and_leaves_nothing(share, folder, tmp
     assert share("b", epsilon=()).code == 0
     line = share("c", epsilon=()).error()
     assert "9.41 % of it is left, and 45.3 % is asked" in line
-    assert "1 releases (now 5)" in line
+    assert "1 release (now 5)" in line
     assert not (tmp_path / "c").exists()
     assert share("c", "--trainer.max_steps", 1, "--privacy.target_epsilon", 1, epsilon=()).code == 0
 

@@ -159,6 +159,15 @@ MISTAKES = {
         ["--model.basis.image_shape", "[1,32,32]"],
         ["model.basis is for images (1, 32, 32)", "--model.basis.image_shape '[1, 28, 28]'"],
     ),
+    "two networks of another size": (
+        ["--model.generator.image_shape", "[3,32,32]", "--model.basis.image_shape", "[1,32,32]"],
+        ["--model.generator.image_shape '[1, 28, 28]' --model.basis.image_shape '[1, 28, 28]'"],
+    ),
+    # what would not fit the memory
+    "images": (["--model.images_per_step", "1000000000"], ["GB", "for model.images_per_step=1000000000. Lower that"]),
+    "pool": (["--model.pool_per_class", "1000000000000"], ["GB", "for model.pool_per_class=1000000000000"]),
+    # what Lightning would replace in silence
+    "half precision": (["--trainer.precision", "16-mixed"], ["32-true or bf16-mixed", "precision=16-mixed"]),
     # resuming
     "nothing to resume": (["--ckpt_path", "last"], ["found no ledger", "--run_dir"]),
     "no such checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["--ckpt_path nowhere.ckpt"]),
