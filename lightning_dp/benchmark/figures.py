@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 import matplotlib.image
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from lightning_dp.benchmark.rows import Result, Row
 # By Okabe and Ito: told apart also without colour vision.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "-.", ":")
 _SHEET_COLUMNS = 4
 
 
@@ -47,7 +49,7 @@ def utility_plot(rows: Sequence[Row], metric: str) -> bytes | None:
         _draw_line(axes, label, points, metric, _look(points[0], labels, methods, mechanisms))
     for row in rows:
         if row.first.card.claim["level"] == "NONPRIVATE" and row.values(metric):
-            colour, _ = _look(row, labels, methods, mechanisms)
+            colour = _look(row, labels, methods, mechanisms)["color"]
             level = statistics.fmean(row.values(metric))
             axes.axhline(level, color=colour, linestyle="--", linewidth=1.0, label=_literal(f"{row.label}: no privacy"))
     _label_epsilons(
@@ -57,15 +59,24 @@ def utility_plot(rows: Sequence[Row], metric: str) -> bytes | None:
     return _png(figure)
 
 
-def _look(row: Row, labels: list[str], methods: list[str], mechanisms: list[str]) -> tuple[str, str]:
-    """Return colour and mark: a colour for each line while they suffice, else one for each method."""
+def _look(row: Row, labels: list[str], methods: list[str], mechanisms: list[str]) -> dict[str, Any]:
+    """Return colour, mark and line: a colour for each line while they suffice, else one for each method.
+
+    Where there are more methods than colours, the second seven have open marks and dash-dotted lines, and so on.
+    """
     is_few = len(labels) <= len(_COLOURS)
     number = labels.index(row.label) if is_few else methods.index(row.first.card.title)
     mark = mechanisms.index(row.first.mechanism)
-    return _COLOURS[number % len(_COLOURS)], _MARKS[mark % len(_MARKS)]
+    colour, turn = _COLOURS[number % len(_COLOURS)], number // len(_COLOURS)
+    return {
+        "color": colour,
+        "marker": _MARKS[mark % len(_MARKS)],
+        "linestyle": _LINES[turn % len(_LINES)],
+        "markerfacecolor": "white" if turn % 2 else colour,
+    }
 
 
-def _draw_line(axes: Axes, label: str, points: Sequence[Row], metric: str, look: tuple[str, str]) -> None:
+def _draw_line(axes: Axes, label: str, points: Sequence[Row], metric: str, look: dict[str, Any]) -> None:
     values = [point.values(metric) for point in points]
     axes.errorbar(
         [point.target_epsilon or math.nan for point in points],
@@ -75,8 +86,7 @@ def _draw_line(axes: Axes, label: str, points: Sequence[Row], metric: str, look:
         linewidth=1.6,
         markersize=5,
         capsize=3,
-        color=look[0],
-        marker=look[1],
+        **look,
     )
 
 
@@ -102,7 +112,7 @@ def sample_sheet(results: Sequence[Result]) -> bytes | None:
         return None
     columns = min(_SHEET_COLUMNS, len(shown))
     num_rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(2.9 * columns, 3.2 * num_rows), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 3.35 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(num_rows, columns, squeeze=False).flatten()
     for panel in panels:
@@ -120,7 +130,7 @@ def _has_grid(result: Result) -> bool:
 def _sheet_title(result: Result) -> str:
     row = Row((result,))
     privacy = str(result.card.claim["level"]) if row.target_epsilon is None else f"epsilon {row.target_epsilon:g}"
-    return f"{result.card.title}\n{result.mechanism}, {privacy}"
+    return f"{result.card.title}\n{result.mechanism}\n{privacy}"  # side by side, a longer line would meet the next
 
 
 def _axes(metric: str, *, width: float) -> tuple[Figure, Axes]:
