@@ -153,10 +153,17 @@ class RayBackend(Backend):
         check_reachable(address)
         try:
             ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray's own, those of its parts, and bare ones
+            # At HOST:PORT somebody answered above.
+            is_there = ":" in (address or "")
+            mend = (
+                "It has to be a cluster of the same Ray version; if it asks for a token, set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN unless the token lies in ~/.ray."
+                if is_there
+                else "Start one with 'ray start --head', or give --address local."
+            )
             raise ConfigurationError(
-                f"Expected a Ray cluster at --address {address or 'auto'}, got: {' '.join(str(error).split())} "
-                "Start one with 'ray start --head', or give --address local."
+                f"Expected a Ray cluster at --address {address or 'auto'}, got: {' '.join(str(error).split())} {mend}"
             ) from None
         cpus = int(ray.cluster_resources().get("CPU", 1))
         self.slots = max(1, cpus // threads) if jobs is None else checked_jobs(jobs)

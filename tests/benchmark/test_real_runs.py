@@ -11,7 +11,7 @@ import yaml
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.benchmark.records import read_records
 from tests.benchmark.made_up import write_grid
-from tests.cli.runs import TINY, read_json
+from tests.cli.runs import TINY, Outcome, read_json
 
 TOO_MUCH = 10**13  # images to push with: hundreds of terabytes, which no system hands out
 
@@ -30,21 +30,27 @@ def grid(tmp_path):
 
 
 @pytest.fixture
-def cluster():
-    """The address of a Ray cluster of this machine, which somebody else has started."""
-    ray = pytest.importorskip("ray")
+def environment(tmp_path):
+    """A home of its own, where Ray keeps the token of a cluster; its workers as urgent as other processes."""
+    (tmp_path / "home").mkdir()
+    return {**os.environ, "HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
+
+
+@pytest.fixture
+def cluster(environment):
+    """The address of a Ray cluster of this machine, which another program has started."""
+    pytest.importorskip("ray")
     begin = "import ray; print(ray.init(num_cpus=2, include_dashboard=False).address_info['gcs_address'], flush=True)"
-    held = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", f"{begin}; input()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "RAY_worker_niceness": "0"},  # at Ray's own, a busy machine starves its workers
-    )
-    yield held.stdout.readline().strip()
-    ray.shutdown()
-    held.communicate("\n")
+        env=environment,
+    ) as held:
+        yield held.stdout.readline().strip()
+        held.communicate("\n")
 
 
 def check(cli, grid, out, *flags):
@@ -81,10 +87,22 @@ def check(cli, grid, out, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_on_this_machine(cli, grid, tmp_path):
     check(cli, grid, tmp_path / "out", "--jobs", 1)
 
 
 @pytest.mark.slow
-def test_on_a_ray_cluster_that_is_there(cli, grid, cluster, tmp_path):
+@pytest.mark.timeout(900)
+def test_on_a_ray_cluster_that_is_there(grid, cluster, environment, tmp_path):
+    def cli(*arguments):
+        command = [sys.executable, "-m", "lightning_dp", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
     check(cli, grid, tmp_path / "out", "--backend", "ray", "--address", cluster)
+    wrong = {**environment, "RAY_AUTH_TOKEN": "0" * 32}
+    command = [sys.executable, "-m", "lightning_dp", "benchmark", grid, "--backend", "ray", "--address", cluster]
+    refused = subprocess.run([*map(str, command)], env=wrong, capture_output=True, text=True)
+    assert (refused.returncode, "RAY_AUTH_TOKEN" in refused.stderr) == (2, True), refused.stderr
