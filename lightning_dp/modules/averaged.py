@@ -80,6 +80,12 @@ class AveragedModule(PrivateModule):
             self._average_guard.check_parameters(self.average.network.parameters())
 
     @override
+    def _check_watched(self) -> None:
+        super()._check_watched()
+        if self.average is not None:
+            self._require_watched(self._followed(), self._released_parameters())
+
+    @override
     def watched_parameters(self) -> Iterator[nn.Parameter]:
         yield from super().watched_parameters()
         if self.average is not None:

@@ -353,8 +353,11 @@ class PrivateModule(pl.LightningModule, ABC):
 
     def _check_watched(self) -> None:
         """Refuse to publish parameters of which nobody knows what they have learned from."""
-        watched = {id(parameter) for parameter in self.watched_parameters()}
-        if any(id(parameter) not in watched for parameter in self.released_model().parameters()):
+        self._require_watched(self.released_model(), self.watched_parameters())
+
+    def _require_watched(self, network: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        watched = {id(parameter) for parameter in parameters}
+        if any(id(parameter) not in watched for parameter in network.parameters()):
             raise PrivacyProtocolError(
                 f"{type(self).__name__} publishes parameters that nobody watches; return their network from "
                 "released_networks(), so that its optimizer steps on released gradients alone."
