@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.generator import Generator
+from lightning_dp.networks.texture import sharpened, textured
 
 _NUM_DISTORTIONS = 6  # an angle, two scales, a shear, two shifts
 
@@ -18,7 +19,7 @@ class ClassGaussianGenerator(Generator):
 
     Each label has `num_components` Gaussians with logits, means and factors; a factor F stands for the covariance
     F F^T. Of a latent, the first numbers are its standard normal coordinates, the next one picks the component, and the
-    last ones the distortion, if any. Low frequencies alone look soft, so contrast may be raised.
+    last ones the distortion and the texture, if any. Low frequencies alone look soft, so contrast may be raised.
 
     Args:
         image_shape: (C, H, W) with H = W.
@@ -30,6 +31,8 @@ class ClassGaussianGenerator(Generator):
         black: Pixel value that becomes 0.
         distortion: Stds of random affine maps of the images: rotation in degrees, logarithm of the scale along each
             axis, shear, shift in pixels. Public knowledge of what keeps a label, no release; null draws none.
+        sharpness: How much edges are raised after that (`sharpened`); 0 leaves them.
+        texture: Std of noise on pixels that are not dark (`textured`), last of all; 0 adds none.
 
     Raises:
         ConfigurationError: The numbers do not fit each other.
@@ -50,6 +53,8 @@ class ClassGaussianGenerator(Generator):
         gain: float = 1.0,
         black: float = 0.0,
         distortion: tuple[float, float, float, float] | None = None,
+        sharpness: float = 0.0,
+        texture: float = 0.0,
     ) -> None:
         super().__init__()
         if num_components < 1:
@@ -61,20 +66,32 @@ class ClassGaussianGenerator(Generator):
         self.basis = LowFrequencyDCT(image_shape, num_coefficients, window)
         if distortion is not None and (len(distortion) != 4 or not all(0 <= std < math.inf for std in distortion)):
             raise ConfigurationError(f"Expected four finite stds >= 0 as generator.distortion, got {distortion=}.")
-        self.distortion = distortion
-        self.latent_dim = self.basis.dim + 1 + (0 if distortion is None else _NUM_DISTORTIONS)
+        if not (0 <= texture < math.inf and 0 <= sharpness < math.inf):
+            raise ConfigurationError(
+                f"Expected finite generator.sharpness >= 0 and texture >= 0, got {sharpness=}, {texture=}."
+            )
+        self.distortion, self.sharpness, self.texture = distortion, sharpness, texture
+        self._of_latent = (
+            self.basis.dim,
+            1,
+            0 if distortion is None else _NUM_DISTORTIONS,
+            math.prod(image_shape) if texture else 0,
+        )
+        self.latent_dim = sum(self._of_latent)
         cells, dim = (num_classes, num_components), self.basis.dim
         self.logits = nn.Parameter(torch.zeros(*cells))
         self.means = nn.Parameter(torch.zeros(*cells, dim))
         self.factors = nn.Parameter(torch.zeros(*cells, dim, dim))
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
-        normal, choice, warp = latent.split([self.basis.dim, 1, self.latent_dim - self.basis.dim - 1], dim=1)
+        normal, choice, warp, noise = latent.split(self._of_latent, dim=1)
         cells = labels * self.num_components + self._component(choice[:, 0], labels)
         images = self.to_images(self._coefficients(normal, cells))
         if self.distortion is not None:
             images = self._distorted(images.clamp(0, 1), warp, self.distortion)
-        return ((images - self.black) * self.gain).clamp(0, 1)  # last: interpolation blurs
+        images = ((images - self.black) * self.gain).clamp(0, 1)  # after interpolation, which blurs
+        images = sharpened(images, self.sharpness) if self.sharpness else images
+        return textured(images, noise, self.texture) if self.texture else images
 
     def to_images(self, coefficients: Tensor) -> Tensor:
         """Return the images, (B, C, H, W), that have these coefficients, (B, C * num_coefficients); not clamped."""

@@ -47,6 +47,18 @@ def test_contrast_is_raised_around_black():
     assert generator.sample(2, seed=0)[0].flatten().tolist() == pytest.approx([0.5] * 128, abs=1e-5)
 
 
+def test_edges_and_texture_come_last():
+    generator = tiny(sharpness=2.0, texture=0.1, gain=2.0, black=0.25)
+    assert generator.latent_dim == 5 + 1 + 64
+    with torch.no_grad():
+        generator.means[..., 0] = 8 * 0.5  # a grey image, which has no edge
+    images, _ = generator.sample(50, seed=0)
+    assert images.mean() == pytest.approx(0.5, abs=0.01)
+    assert images.std() == pytest.approx(0.1, abs=0.01)
+    with pytest.raises(ConfigurationError, match="sharpness >= 0"):
+        tiny(sharpness=-1.0)
+
+
 def test_distortions_move_images_and_nothing_else():
     plain = torch.rand(3, 1, 8, 8)
     still = tiny(distortion=(0.0, 0.0, 0.0, 0.0))
