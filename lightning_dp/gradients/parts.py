@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.mechanisms.rows import entries_at_once
 
 # A number of a row costs about as much to write, measure and sum as this many multiplications (docs/performance.md).
 _TRAFFIC: Final = 30
@@ -125,7 +126,7 @@ class Rows(Part):
 
     def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
         rows = self._values.flatten(1)
-        width = max(1, _BLOCK_ENTRIES // max(1, len(rows)))
+        width = max(1, entries_at_once(_BLOCK_ENTRIES, rows.device) // max(1, len(rows)))
         summed = torch.cat([weights @ block.to(torch.float64) for block in rows.split(width, dim=1)])
         total += summed if self.order is None else self.order.restored(summed)
 
@@ -220,7 +221,7 @@ class Product(Part):
 
 def _lengths(factor: Tensor) -> Tensor:
     """Return the norms at each place, (n, T), in double precision, a few records' exact copies at a time."""
-    few = max(1, _CACHED_ENTRIES // max(1, factor[0].numel()))
+    few = max(1, entries_at_once(_CACHED_ENTRIES, factor.device) // max(1, factor[0].numel()))
     return torch.cat([torch.linalg.vector_norm(part.to(torch.float64), dim=2) for part in factor.split(few)])
 
 
@@ -240,7 +241,7 @@ def product(
     if not as_rows and places * (1 + places * (p + d) / (p * d)) < _TRAFFIC:
         return Product(left, right(slice(0, n)), order)
     rows = left.new_empty(n, p, d)
-    at_once = max(1, _CACHED_ENTRIES // (places * d))
+    at_once = max(1, entries_at_once(_CACHED_ENTRIES, left.device) // (places * d))
     for start in range(0, n, at_once):
         few = slice(start, start + at_once)
         torch.bmm(left[few].mT, right(few), out=rows[few])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.mechanisms.rows import entries_at_once
 
 _CACHED_ENTRIES = 2**20
 
@@ -73,7 +74,7 @@ def per_record_rows(
         found = gradients(parameters, *(tensor[part] for tensor in records))
         rows = torch.cat([value.flatten(1) for value in found.values()], dim=1)  # (n, D)
         # Differentiating likes many records at once, encoding likes what fits the cache.
-        pieces = max(1, _CACHED_ENTRIES // rows.shape[1])
+        pieces = max(1, entries_at_once(_CACHED_ENTRIES, rows.device) // rows.shape[1])
         for few, few_ids in zip(rows.split(pieces), ids[part].split(pieces), strict=True):
             yield RowChunk(few_ids, few.unsqueeze(1), slice(0, 1))
 

@@ -12,6 +12,7 @@ from lightning_dp.gradients.parts import Part, Rows
 from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
 from lightning_dp.gradients.standardised import StandardisedRows
 from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.mechanisms.rows import entries_at_once
 from lightning_dp.networks.standardised import made_from
 
 # What the sums in double precision over a release may be off by, and how much may cancel before norms are raised.
@@ -72,7 +73,7 @@ class RecordGradients:
     def row_chunks(self) -> Iterator[RowChunk]:
         """Yield the gradients as rows, few enough at a time to stay in the cache."""
         num = len(self.ids)
-        pieces = max(1, _CACHED_ENTRIES // sum(self._sizes))
+        pieces = max(1, entries_at_once(_CACHED_ENTRIES, self.ids.device) // sum(self._sizes))
         filled = [part.rows() for part in self._parts if part is not None]
         for few in torch.arange(num, device=self.ids.device).split(pieces):
             found = iter(filled)
@@ -180,7 +181,7 @@ def _by_parameter(found: list[tuple[Tensor, Part]], parameters: list[nn.Paramete
 
 def _carried_back(weight: Tensor, rows: Rows, parameters: list[nn.Parameter]) -> Iterator[tuple[int, Rows]]:
     """Yield the per-record gradients of parameters from those of a weight that was computed from them."""
-    at_once = max(1, _CACHED_ENTRIES // weight.numel())
+    at_once = max(1, entries_at_once(_CACHED_ENTRIES, weight.device) // weight.numel())
     given, order = rows.shaped(weight.shape)
     carried: dict[int, Tensor] = {}
     for start in range(0, len(given), at_once):

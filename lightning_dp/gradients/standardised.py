@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.gradients.parts import Part, Rows
+from lightning_dp.mechanisms.rows import entries_at_once
 from lightning_dp.networks.standardised import MIN_SQUARES, StandardisedFrom
 
 _CACHED_ENTRIES: Final = 2**16
@@ -47,7 +48,7 @@ class StandardisedRows(Part):
         """|G|^2, m a and b, (n, outputs) each, in double precision, whatever products the machine would round."""
         num, outputs, m = self.lines.shape
         found = self._centred.new_empty(3, num, outputs)
-        ones, few = self._centred.new_ones(m), max(1, _CACHED_ENTRIES // m)
+        ones, few = self._centred.new_ones(m), max(1, entries_at_once(_CACHED_ENTRIES, self._centred.device) // m)
         for record in range(num):
             for start in range(0, outputs, few):
                 part = slice(start, start + few)

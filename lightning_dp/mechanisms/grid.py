@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.mechanisms.rows import entries_at_once
 
 _STEPS_PER_BOUND: Final = 21  # bits: sums of 2^32 rows stay below 2^53, up to which float64 holds every whole number
 _BLOCK_ENTRIES: Final = 2**15  # at a time, so that all steps of one entry happen in the cache
@@ -33,7 +34,7 @@ def cut_to_grid(rows: Tensor, *, step: float, bound: float, factors: Tensor | fl
     """
     cut = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
     squares = torch.zeros(rows.shape[:-1], dtype=torch.float64, device=rows.device)
-    width = max(1, _BLOCK_ENTRIES * rows.shape[-1] // max(1, rows.numel()))
+    width = max(1, entries_at_once(_BLOCK_ENTRIES, rows.device) * rows.shape[-1] // max(1, rows.numel()))
     for part, whole in zip(rows.split(width, dim=-1), cut.split(width, dim=-1), strict=True):
         torch.mul(part.to(torch.float64), factors, out=whole)
         whole.mul_(1 / step).trunc_()  # exact: the step is a power of two

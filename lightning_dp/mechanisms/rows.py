@@ -1,9 +1,12 @@
 """What encoding does to whole rows: it silences those without finite numbers, and scales those that norms decide."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_ON_OTHER_DEVICES: Final = 2**26  # half a gigabyte in double precision
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,16 @@ class RowScaling:
 
     weights: Tensor
     appended: Tensor | None = None
+
+
+def entries_at_once(in_cache: int, device: torch.device) -> int:
+    """Return how many numbers to work on at a time: what a CPU's cache holds, or what is worth starting a kernel for.
+
+    Args:
+        in_cache: As many as stay in the cache.
+        device: Where they live.
+    """
+    return in_cache if device.type == "cpu" else max(in_cache, _ON_OTHER_DEVICES)
 
 
 def zero_non_finite(rows: Tensor) -> Tensor:

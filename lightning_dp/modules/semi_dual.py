@@ -16,6 +16,7 @@ from lightning_dp.gradients.parts import Part, Rows
 from lightning_dp.gradients.record_gradients import RecordGradients
 from lightning_dp.losses.semi_dual import balanced_potentials, directions_to
 from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.mechanisms.rows import entries_at_once
 from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.release import PublicRows
 from lightning_dp.modules.step_memory import generated_bytes
@@ -174,7 +175,7 @@ class SemiDualSinkhorn(TransportModule):
         self, ids: Tensor, targets: Tensor, labels: Tensor, points: Tensor, potentials: Tensor
     ) -> Iterator[RecordGradients]:
         sizes = list(self.segments)
-        at_once = max(1, _ENTRIES // sizes[0])
+        at_once = max(1, entries_at_once(_ENTRIES, targets.device) // sizes[0])
         for label in range(len(points)):
             for mine in (labels == label).nonzero()[:, 0].split(at_once):
                 rows = directions_to(points[label], potentials[label], targets[mine], entropic_reg=self.entropic_reg)
