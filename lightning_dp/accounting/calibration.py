@@ -94,8 +94,12 @@ class _NoiseCurve:
             noise = smallest_noise(self.quick, target, guess=1.0, rel_tol=1e-7)
             is_exact = self.accountant == "auto" or math.isinf(noise)
             return noise if is_exact else smallest_noise(self.full, target, guess=noise)
-        near = self.amplified if self.relation is NeighboringRelation.REPLACE_ONE else self.quick
-        noise = smallest_noise(near, target, guess=1.0, rel_tol=1e-3)
+        if self.relation is NeighboringRelation.REPLACE_ONE:
+            # A guess may find releases that come before beyond the target, which hold it: look further up then.
+            guesses = (smallest_noise(self.amplified, factor * target, guess=1.0, rel_tol=1e-3) for factor in (1, 2, 4))
+            noise = next((guess for guess in guesses if math.isfinite(guess)), math.inf)
+        else:
+            noise = smallest_noise(self.quick, target, guess=1.0, rel_tol=1e-3)
         for exact in (self.rough, self.full):
             noise = noise if math.isinf(noise) else smallest_noise(exact, target, guess=noise)
         return noise

@@ -107,6 +107,22 @@ def test_releases_that_come_first_are_paid_by_the_same_budget(sampling, relation
     assert spent(alone) > 1.0  # the broken twin plans as if nothing came first
 
 
+def test_sampled_releases_that_take_half_of_the_budget_under_replace_one_leave_the_other_half():
+    """A guess of what they cost, twice add-or-remove, was taken for the cost: no noise seemed to be enough."""
+    poisson, relation = Sampling(scheme="poisson", rate=0.05), "replace_one"
+    first = resolve_budget(
+        PrivacySettings(neighboring_relation=relation, target_epsilon=0.5),
+        make_event=event,
+        sampling=poisson,
+        max_steps=2,
+    )
+    before = {(event(first.noise_multiplier), poisson): 2}
+    settings = PrivacySettings(neighboring_relation=relation, target_epsilon=1.0)
+    after = resolve_budget(settings, make_event=event, sampling=FULL, max_steps=2, before=before)
+    counts = {**before, (event(after.noise_multiplier), FULL): 2}
+    assert 0.999 <= compute_epsilon(counts, delta=1e-5, relation=relation).epsilon <= 1.0
+
+
 def test_the_length_leaves_room_for_what_comes_first():
     noise = {"target_epsilon": 1.0, "noise_multiplier": 40.0}
     settings = PrivacySettings(neighboring_relation="replace_one", **noise)
