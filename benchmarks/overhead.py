@@ -48,8 +48,7 @@ def bare_step(network: Any, images: Any, labels: Any, size: int) -> Callable[[],
         optimizer.zero_grad()
         total = torch.zeros(1, spec.vector_dim, dtype=torch.float64, device=device)
         drawn = sampler.draw().to(device)
-        at_once = source.records_at_once(network, mean_cross_entropy, batch(drawn[:1]))
-        for ids in drawn.split(at_once):
+        for ids in drawn.split(source.at_once or source.records_at_once(network, mean_cross_entropy, batch(drawn[:1]))):
             chunks = source.gradients(network, mean_cross_entropy, batch(ids), ids=ids)
             next(rows_where_needed(chunks, mechanism, spec, total), None)
         released = mechanism.release(

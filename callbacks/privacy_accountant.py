@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
-from lightning_dp.accounting.accountants import would_exceed
+from lightning_dp.accounting.accountants import Counts, would_exceed
 from lightning_dp.accounting.budget_member import BudgetMember
 from lightning_dp.accounting.budget_request import DatasetBudgetSettings
 from lightning_dp.accounting.claim import PrivacyClaim
@@ -59,6 +59,7 @@ class PrivacyAccountant(pl.Callback):
         self.epsilon: float | None = None
         self.epsilon_releases = 0
         self._ledger: PrivacyLedger | None = None
+        self._planned: Counts | None = None  # what the ledger's header says was planned
         self._num_found = 0  # releases that were in the ledger before this process made any
         self._num_restored = 0
         self._next: tuple[ReleaseEvent, Sampling] | None = None
@@ -108,6 +109,7 @@ class PrivacyAccountant(pl.Callback):
                 self._ledger = PrivacyLedger.from_state_dict(told["ledger"])
                 _check_same_settings(header, told["header"], ranks)
         self._num_found = len(self.ledger)
+        self._planned = ledger_plan(self.ledger)
 
     def _open(self, header: dict[str, Any]) -> None:
         """Open the file of the ledger, or a ledger in memory."""
@@ -205,7 +207,7 @@ class PrivacyAccountant(pl.Callback):
             delta=self._budget.delta,
             relation=self.privacy.relation,
             accountant=self.privacy.accountant,
-            planned=ledger_plan(self.ledger),
+            planned=self._planned,
         )
 
     @override
@@ -230,16 +232,16 @@ class PrivacyAccountant(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        metrics = {"privacy/releases": float(len(self.ledger))}
         if self._is_time_to_speak():
             self.speak()
+            metrics = {"privacy/releases": float(len(self.ledger))}
             if self.epsilon is not None:
                 metrics["privacy/epsilon"] = self.epsilon
             # For other callbacks, rounded to float32; at every release it would be the dearest part of the framework.
             pl_module.log_dict(metrics, logger=False)
-        # Loggers get it exactly: an epsilon may not be shown below what was proved.
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            # Loggers get it exactly: an epsilon may not be shown below what was proved.
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
         self._stop_if_spent(trainer)
 
     def _is_time_to_speak(self) -> bool:

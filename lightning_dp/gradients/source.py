@@ -32,6 +32,9 @@ class GradientSource:
             them as it can. auto is ghost, and functorch where a network or loss does not allow it.
         chunk_size: Records at a time; None fits it to cache and memory.
 
+    Attributes:
+        at_once: What `records_at_once` has found; None before it was asked.
+
     Raises:
         ConfigurationError: The mode is unknown.
     """
@@ -41,7 +44,7 @@ class GradientSource:
             raise ConfigurationError(f"Expected model.gradients in {', '.join(get_args(GradientMode))}, got {mode!r}.")
         self.mode = mode
         self.chunk_size = chunk_size
-        self._at_once: int | None = chunk_size
+        self.at_once: int | None = chunk_size
         self._reason: str | None = None
 
     def gradients(
@@ -72,9 +75,9 @@ class GradientSource:
             loss: See `per_record_rows`.
             records: At least one record.
         """
-        if self._at_once is None:
-            self._at_once = self._fitting(network, loss, tuple(torch.zeros_like(tensor[:1]) for tensor in records))
-        return self._at_once
+        if self.at_once is None:
+            self.at_once = self._fitting(network, loss, tuple(torch.zeros_like(tensor[:1]) for tensor in records))
+        return self.at_once
 
     def _fitting(self, network: nn.Module, loss: RecordLoss, one: tuple[Tensor, ...]) -> int:
         """Return how many times a record fits the memory, from a pass over one."""

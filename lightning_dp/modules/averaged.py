@@ -52,11 +52,15 @@ class AveragedModule(PrivateModule):
 
     def step_optimizer(self) -> None:
         """Let the one optimizer (and its schedule, if any) step on what was released, and finish the training step."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.step_schedule()
+        self.finish_step()
+
+    def step_schedule(self) -> None:
+        """Move the learning rate along its schedule, if there is one."""
+        schedule = self.lr_schedulers()
         if schedule is not None:
             schedule.step()  # type: ignore[union-attr]
-        self.finish_step()
 
     def finish_step(self, *, with_average: bool = True) -> None:
         """Move the average (if what it follows has moved) and count the step; the last call of a training step."""

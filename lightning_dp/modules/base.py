@@ -282,7 +282,7 @@ class PrivateModule(pl.LightningModule, ABC):
         # Optimizers minimise, so the gradient is minus the descent direction.
         gradient = -released.value.reshape(outputs.shape).to(outputs)
         torch.autograd.backward(outputs, grad_tensors=gradient, inputs=[p for p in parameters if p.requires_grad])
-        self._admit_gradients()
+        self._admit_gradients(parameters)
 
     def assign_released(self, parameters: Iterable[nn.Parameter], released: Released) -> None:
         """Make a released gradient the gradient of parameters of the released networks.
@@ -298,13 +298,13 @@ class PrivateModule(pl.LightningModule, ABC):
         """
         if not isinstance(released, Released):
             raise PrivacyProtocolError("assign_released() takes the value that release() returned, not a tensor.")
-        wanted = list(parameters)
-        for parameter in self._released_parameters():
+        wanted, all_released = list(parameters), list(self._released_parameters())
+        for parameter in all_released:
             parameter.grad = None
         parts = released.value.flatten().split([parameter.numel() for parameter in wanted])
         for parameter, part in zip(wanted, parts, strict=True):
             parameter.grad = part.reshape(parameter.shape).to(parameter)
-        self._admit_gradients()
+        self._admit_gradients(all_released)
 
     @override
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
@@ -367,9 +367,9 @@ class PrivateModule(pl.LightningModule, ABC):
         """Yield all parameters that are held to what releases and guarded steps left."""
         yield from self._released_parameters()
 
-    def _admit_gradients(self) -> None:
+    def _admit_gradients(self, parameters: list[nn.Parameter]) -> None:
         # Each process has made them of the same released value.
-        self.ranks.same([p.grad for p in self._released_parameters() if p.grad is not None])
+        self.ranks.same([p.grad for p in parameters if p.grad is not None])
         if self._guard is not None:
             self._guard.admit()
 

@@ -26,14 +26,14 @@ class ReleaseGuard:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
+        self._mine = {id(parameter) for parameter in self._parameters}
         self._admitted: dict[int, Tensor] = {}
         self._expected: list[Tensor] = []
         self.remember()
 
     def watch(self, optimizer: Optimizer) -> None:
         """Check every step of an optimizer that holds parameters of released networks."""
-        mine = {id(parameter) for parameter in self._parameters}
-        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        if any(id(p) in self._mine for group in optimizer.param_groups for p in group["params"]):
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
 
@@ -57,8 +57,7 @@ class ReleaseGuard:
         found = self._parameters if present is None else list(present)
         is_same = len(found) == len(self._expected)
         for parameter, expected in zip(found, self._expected, strict=False):
-            # Strategies move a module off its device when training is over.
-            if not is_same or not _same(parameter.detach(), expected.to(parameter.device)):
+            if not is_same or not _same(parameter.detach(), expected):
                 raise PrivacyProtocolError(
                     "A parameter of a released network changed outside a step on a released gradient (by another "
                     "optimizer, or an edit in place). Nothing private may reach it but through release()."
@@ -73,13 +72,13 @@ class ReleaseGuard:
         self.remember()
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
-        mine = {id(parameter) for parameter in self._parameters}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in mine or parameter.grad is None:
+                name, gradient = id(parameter), parameter.grad
+                if gradient is None or name not in self._mine:
                     continue
-                admitted = self._admitted.get(id(parameter))
-                if admitted is None or not _same(parameter.grad, admitted):
+                admitted = self._admitted.get(name)
+                if admitted is None or not _same(gradient, admitted):
                     raise PrivacyProtocolError(
                         "An optimizer of a released network was about to step on a gradient that did not come from a "
                         "release (or was changed since). Use self.backward_released(outputs, self.release(...))."
@@ -88,4 +87,6 @@ class ReleaseGuard:
 
 def _same(left: Tensor, right: Tensor) -> bool:
     """Compare by value; a NaN equals a NaN in the same place."""
+    if left.device != right.device:  # strategies move a module off its device when training is over
+        right = right.to(left.device)
     return torch.equal(left, right) or torch.equal(torch.nan_to_num(left), torch.nan_to_num(right))

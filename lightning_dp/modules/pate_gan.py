@@ -163,7 +163,7 @@ class PATEGAN(TeacherEnsembleGAN):
         for step in range(self.generator_steps):
             self._lead_generator(released, labels, part=step)
             (generator if step == 0 else generator.optimizer).step()
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.step_schedule()
         self.finish_step()
 
     def train_student(

@@ -184,7 +184,9 @@ class RecordModule(PoissonModule):
         if not len(records):
             return
         network, loss = self.record_loss_of()
-        at_once = self.source.records_at_once(network, loss, self.record_batch(records[:1]))
+        at_once = self.source.at_once
+        if at_once is None:
+            at_once = self.source.records_at_once(network, loss, self.record_batch(records[:1]))
         for ids in records.split(at_once):
             yield from self.source.gradients(network, loss, self.record_batch(ids), ids=ids.to(self.device))
 

@@ -81,8 +81,10 @@ class RowCensus:
         self._keys.append(chunk.teacher_ids.to(torch.int64) * self._spec.num_vectors + place)
 
     def _check_once(self) -> None:
-        keys = torch.cat(self._keys) if self._keys else torch.zeros(0, dtype=torch.int64)
-        if bool((keys.diff() > 0).all()):  # mostly in order
+        if not self._keys:
+            return
+        keys = self._keys[0] if len(self._keys) == 1 else torch.cat(self._keys)
+        if bool((keys[1:] > keys[:-1]).all()):  # mostly in order
             return
         if len(keys.unique()) != len(keys):
             raise PrivacyProtocolError(

@@ -13,8 +13,10 @@ def with_cosine_schedule(optimizer: Optimizer, *, num_steps: int, final_share: f
     Args:
         optimizer: The optimizer.
         num_steps: Steps of the whole run, public.
-        final_share: The last learning rate over the first, in (0, 1]; 1 keeps it.
+        final_share: The last learning rate over the first, in (0, 1]; 1 keeps it, and then there is no schedule.
     """
+    if final_share == 1:
+        return [optimizer], []
     last = max(1, num_steps)
 
     def share(step: int) -> float:
