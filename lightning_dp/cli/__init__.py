@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
+from lightning_dp.cli.memory import keep_freed_memory
 from lightning_dp.cli.processes import process_number
 from lightning_dp.errors import ConfigurationError, PeerError, PrivacyProtocolError
 
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lightning-dp {__version__}")
         return 0
     _quieten()
+    keep_freed_memory()
     try:
         return _command(arguments[0])(arguments[1:])
     except ConfigurationError as error:

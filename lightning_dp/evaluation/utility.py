@@ -25,6 +25,9 @@ Selection = Literal["last", "synthetic_validation"]
 CLASSIFIER_NAMES: tuple[ClassifierName, ...] = ("logistic", "mlp", "cnn")
 Predictor = Callable[[Tensor], Tensor]
 
+_PREDICTED_AT_ONCE = 250
+_FUSED = ("cpu", "cuda")  # where one pass over parameters and moments does the work of ten
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
@@ -82,7 +85,7 @@ def check_classifiers(names: Sequence[str]) -> None:
 @torch.no_grad()
 def _predict(network: nn.Module, images: Tensor) -> Tensor:
     """Return the predicted labels, (N,)."""
-    return torch.cat([network(part).argmax(dim=1) for part in images.split(1000)])
+    return torch.cat([network(part).argmax(dim=1) for part in images.split(_PREDICTED_AT_ONCE)])
 
 
 def _train_epoch(
@@ -112,7 +115,7 @@ def _fit_network(
     if plan.selection == "synthetic_validation" and len(images) > 1:
         num_held_out = min(len(images) - 1, max(1, round(plan.validation_fraction * len(images))))
     held_out, kept = order[:num_held_out], order[num_held_out:]
-    optimizer = torch.optim.Adam(network.parameters(), lr=plan.learning_rate)
+    optimizer = torch.optim.Adam(network.parameters(), lr=plan.learning_rate, fused=images.device.type in _FUSED)
     best_accuracy, best_state = -1.0, None
     for _ in range(epochs):
         shuffled = kept[torch.randperm(len(kept), generator=generator)]

@@ -1,6 +1,8 @@
 """Classifiers of images: the two downstream networks and the one whose features measure fidelity.
 
-All are plain: no BatchNorm, no dropout, no buffers, so a saved state is exactly the learnt weights.
+All are plain: no BatchNorm, no dropout, no buffers, so a saved state is exactly the learnt weights. Maps are pooled
+before their ReLU, on a quarter of the numbers: the larger of two goes with a rising function, so values and gradients are
+those of the usual order, to the last bit.
 """
 
 import math
@@ -66,11 +68,11 @@ class ConvClassifier(nn.Module):
         sides = [((side + 2 * pad - 2) // 2 + 2 * pad - 2) // 2 for side in (height, width)]
         self.body = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=pad),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Conv2d(32, 64, 3, padding=pad),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(64 * sides[0] * sides[1], 128),
             nn.ReLU(),
@@ -117,14 +119,14 @@ class FeatureClassifier(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
             nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
             nn.MaxPool2d(2),  # (64, 3, 3)
+            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(576, self.feature_dim),
             nn.ReLU(),

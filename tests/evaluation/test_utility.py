@@ -128,3 +128,20 @@ def test_unknown_and_repeated_names():
 def test_wrong_settings_are_refused(setting, value):
     with pytest.raises(ConfigurationError, match=setting):
         TrainingPlan(**{setting: value})
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_one_pass_of_adam_steps_as_adam_does(name, monkeypatch):
+    """Channels-last weights included: the pass walks over memory, whatever order it lies in."""
+    networks, real_adam = [], torch.optim.Adam
+
+    def seen(parameters, *, fused, **options):
+        networks.append(list(parameters))
+        return real_adam(networks[-1], fused=fused and len(networks) == 1, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", seen)
+    images, labels = torch.rand(64, 1, 28, 28), torch.arange(64) % 3
+    for _ in range(2):
+        fit(name, images, labels)
+    for ours, theirs in zip(*networks, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)

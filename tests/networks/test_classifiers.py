@@ -48,3 +48,20 @@ def test_initialise_depends_on_the_generator_alone():
 def test_too_small_images():
     with pytest.raises(ConfigurationError, match=r"image_shape=\(1, 3, 9\)"):
         ConvClassifier((1, 3, 9), 2)
+
+
+@pytest.mark.parametrize("build", [lambda: ConvClassifier((1, 28, 28), 10), lambda: FeatureClassifier()])
+def test_pooling_before_the_relu_changes_no_bit(build):
+    """Of values and gradients, against the order in which everyone writes it."""
+    network, images = build(), torch.rand(3, 1, 28, 28)
+    layers = list(network.body)
+    for place in range(1, len(layers)):
+        if isinstance(layers[place], nn.ReLU) and isinstance(layers[place - 1], nn.MaxPool2d):
+            layers[place - 1 : place + 1] = layers[place], layers[place - 1]
+    usual = nn.Sequential(*layers)
+    assert [type(layer) for layer in usual] != [type(layer) for layer in network.body]
+    parameters = list(network.body.parameters())
+    found = [body(images) for body in (network.body, usual)]
+    assert torch.equal(*found)
+    gradients = [torch.autograd.grad(outputs.square().sum(), parameters) for outputs in found]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
