@@ -34,6 +34,7 @@ MISSES = "records and steps that were not tried; what only a run of full length 
 
 _TOLERANCE = 1e-6
 _TINY = 1e-9
+_UNFORMED = ("record", "statistic")  # kinds of rows whose sum is made without them where norms decide
 
 
 @dataclass
@@ -136,8 +137,7 @@ def audit_method(
         leaks += base.differences(other)
         for part, heard in zip(parts, other.parts, strict=True):
             part.compare(heard, change.name)
-    if any(heard.plan.spec.kind == "record" for heard in base.parts):
-        # Once more with rows in sight, which ghost clipping never forms.
+    if any(heard.plan.spec.kind in _UNFORMED for heard in base.parts):  # once more with rows in sight
         base_rows = play(make_run(), steps, unchanged(last), base, privatizer, present=present, with_rows=True)
         for change in changes:
             other = play(make_run(), steps, change, base, privatizer, present=present, with_rows=True)

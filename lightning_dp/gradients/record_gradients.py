@@ -1,5 +1,6 @@
-"""Per-record gradients as the parts that one backward pass leaves behind, for mechanisms that need only their norms."""
+"""Rows that need not be formed, for mechanisms that decide by norms alone; per-record gradients are the first."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Final
 
@@ -21,8 +22,38 @@ _MOST_CANCELLED: Final = 64.0
 _CACHED_ENTRIES: Final = 2**20
 
 
-class RecordGradients:
-    """The gradients of n records: norms and weighted sums without rows, and rows for whoever wants them.
+class SummableRows(ABC):
+    """Rows of n records for one vector of a release: norms and weighted sums without rows, and rows for who wants them.
+
+    Attributes:
+        ids: Stable ids, int64, (n,).
+        place: Number of the vector.
+    """
+
+    ids: Tensor
+    place: int = 0
+
+    @property
+    @abstractmethod
+    def norm_bounds(self) -> Tensor:
+        """Norms that the contributions to a weighted sum do not exceed, rounding included, (n,), float64. Private."""
+
+    @abstractmethod
+    def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:
+        """Add the sum of weight times row to a total; a record of weight zero adds nothing at all.
+
+        Args:
+            weights: (n,), float64, finite.
+            total: (D,), float64, in one piece.
+        """
+
+    @abstractmethod
+    def row_chunks(self) -> Iterator[RowChunk]:
+        """Yield the rows, few enough at a time to stay in the cache."""
+
+
+class RecordGradients(SummableRows):
+    """The gradients of n records.
 
     Args:
         ids: Stable ids, int64, (n,).
@@ -43,8 +74,7 @@ class RecordGradients:
         return self._over_parts("squared_norms").sqrt()
 
     @property
-    def norm_bounds(self) -> Tensor:
-        """Norms that the contributions to a weighted sum do not exceed, rounding included, (n,), float64. Private."""
+    def norm_bounds(self) -> Tensor:  # noqa: D102
         bounds = self._over_parts("squared_bounds")
         masses = self._over_parts("squared_masses") / _MOST_CANCELLED**2
         return torch.maximum(bounds, masses).sqrt() * (1 + _SUM_MARGIN)
@@ -55,13 +85,7 @@ class RecordGradients:
         self.add_weighted_sum(weights, total)
         return total
 
-    def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:
-        """Add the sum of weight times gradient to a total; a record of weight zero adds nothing at all.
-
-        Args:
-            weights: (n,), float64, finite.
-            total: (D,), float64, in one piece.
-        """
+    def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
         is_silent = weights == 0
         some_are_silent = bool(is_silent.any())
         for part, share in zip(self._parts, total.split(self._sizes), strict=True):
@@ -70,8 +94,7 @@ class RecordGradients:
                 heard = part.silence(is_silent) if some_are_silent else part
                 heard.add_weighted_sum(weights, share)
 
-    def row_chunks(self) -> Iterator[RowChunk]:
-        """Yield the gradients as rows, few enough at a time to stay in the cache."""
+    def row_chunks(self) -> Iterator[RowChunk]:  # noqa: D102
         num = len(self.ids)
         pieces = max(1, entries_at_once(_CACHED_ENTRIES, self.ids.device) // sum(self._sizes))
         filled = [part.rows() for part in self._parts if part is not None]
@@ -96,7 +119,7 @@ class RecordGradients:
         return total
 
 
-RecordChunk = RowChunk | RecordGradients
+RecordChunk = RowChunk | SummableRows
 """What a release takes of some records."""
 
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
+from lightning_dp.modules.moment_rows import ROW_STEPS, MomentRows, whole_steps
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 
 # Everything a record sends lies on fixed grids, so that sums are exact and no record moves another one's rounding.
 _COEFFICIENT_STEPS = 2.0**14
-_ROW_STEPS = 2.0**28
 _MAX_RECORDS = 2**24  # so many rows of at most 1 add up to less than 2^53 steps
 _MAX_CENTRE = 100.0  # noise can throw a centre far away; squared distances stay below 2^53 steps
 
@@ -131,7 +130,7 @@ class ClassMoments:
 
     def rows(
         self, images: Tensor, labels: Tensor, placement: Placement, records: range | None = None
-    ) -> Iterator[RowChunk]:
+    ) -> Iterator[MomentRows]:
         """Yield the rows of records, cell by cell.
 
         Args:
@@ -150,10 +149,16 @@ class ClassMoments:
         found = [self.directions(some, classes, placement) for some, classes in parts]
         cells, directions = torch.cat([c for c, _ in found]), torch.cat([u for _, u in found])
         for cell in cells.unique().tolist():
-            for ids in (cells == cell).nonzero()[:, 0].split(self.chunk_size):
-                rows = self.encoded(directions[ids])
-                of_all = records.start + records.step * ids
-                yield RowChunk(teacher_ids=of_all, values=rows[:, None], queries=slice(cell, cell + 1))
+            ids = (cells == cell).nonzero()[:, 0]
+            yield MomentRows(
+                records.start + records.step * ids,
+                cell,
+                directions[ids],
+                weights=self.weights,
+                pair_weights=self._pair_weights(),
+                form=self.encoded,
+                chunk_size=self.chunk_size,
+            )
 
     def directions(self, images: Tensor, labels: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
         """Return cell, (n,), and u, float64, (n, D), of each record; each by itself, whatever the others are.
@@ -177,14 +182,17 @@ class ClassMoments:
     def encoded(self, directions: Tensor) -> Tensor:
         """Return (w0, w1 u, w2 S(u)) of each u, (n, numbers in a row), rounded towards zero to the grid of rows."""
         first, second = self._pairs.to(directions.device)
-        scale = torch.where(first == second, 1.0, math.sqrt(2.0)).double() * self.weights[2]
         rows = torch.empty(len(directions), self.release_shape[1], dtype=torch.float64, device=directions.device)
         rows[:, 0] = self.weights[0]
         rows[:, 1 : 1 + self.dim] = self.weights[1] * directions
         pairs = rows[:, 1 + self.dim :]
         torch.mul(directions.index_select(1, first), directions.index_select(1, second), out=pairs)
-        pairs.mul_(scale)
-        return rows.mul_(_ROW_STEPS).trunc_().div_(_ROW_STEPS)
+        pairs.mul_(self._pair_weights().to(pairs.device))
+        return whole_steps(rows).div_(ROW_STEPS)
+
+    def _pair_weights(self) -> Tensor:
+        first, second = self._pairs
+        return torch.where(first == second, 1.0, math.sqrt(2.0)).double() * self.weights[2]
 
     # What their sums tell --------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.modules.class_moments import CellMoments, ClassMoments, Placement
+from lightning_dp.modules.moment_rows import MomentRows
 from lightning_dp.modules.release import Released
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 
@@ -95,7 +95,7 @@ class MomentsRounds(nn.Module):
         clip = self.clip if self.num_done == 0 else self.cell_clip
         return Placement(centres=self.centres, in_use=self.in_use, clip=clip)
 
-    def rows(self, images: Tensor, labels: Tensor, records: range | None = None) -> Iterator[RowChunk]:
+    def rows(self, images: Tensor, labels: Tensor, records: range | None = None) -> Iterator[MomentRows]:
         """Yield the private rows of the next release; see `ClassMoments.rows`."""
         return self.statistics.rows(images, labels, self.placement, records)
 

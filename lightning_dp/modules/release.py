@@ -11,7 +11,7 @@ from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks, checksum
-from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients
+from lightning_dp.gradients.record_gradients import RecordChunk, SummableRows
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
@@ -286,13 +286,13 @@ def rows_where_needed(
 ) -> Iterator[RowChunk]:
     """Yield what must be encoded row by row; add to `total` what norms alone decide, and let go of it."""
     for chunk in chunks:
-        if not isinstance(chunk, RecordGradients):
+        if not isinstance(chunk, SummableRows):
             yield chunk
             continue
         scaling = mechanism.row_scaling(chunk.norm_bounds, spec)
         if scaling is None:
             yield from chunk.row_chunks()
             continue
-        chunk.add_weighted_sum(scaling.weights, total[0, : spec.vector_dim])
+        chunk.add_weighted_sum(scaling.weights, total[chunk.place, : spec.vector_dim])
         if scaling.appended is not None:
-            total[0, spec.vector_dim :] += scaling.appended.sum(0)
+            total[chunk.place, spec.vector_dim :] += scaling.appended.sum(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyProtocolError
-from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients
+from lightning_dp.gradients.record_gradients import RecordChunk, SummableRows
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 
@@ -50,10 +50,10 @@ class RowCensus:
             PrivacyProtocolError: A row has more vectors than charged, or an id has two rows.
         """
         for chunk in chunks:
-            if isinstance(chunk, RecordGradients):
-                self._keys.append(chunk.ids)
+            if isinstance(chunk, SummableRows):
+                self._note(chunk.ids, slice(chunk.place, chunk.place + 1))
             else:
-                self._note(chunk)
+                self._note(chunk.teacher_ids, chunk.queries)
             yield chunk
         self._check_once()
 
@@ -69,16 +69,16 @@ class RowCensus:
                 f"Expected encoded rows of shape {expected} (rows, vectors), got {tuple(encoded.shape[:2])}. {_MEND}"
             )
 
-    def _note(self, chunk: RowChunk) -> None:
-        start, stop = chunk.queries.start or 0, chunk.queries.stop
+    def _note(self, ids: Tensor, queries: slice) -> None:
+        start, stop = queries.start or 0, queries.stop
         most = self._spec.num_vectors if self._spec.is_undercharged else self._spec.vectors_per_row
         if not 0 <= start <= stop <= self._spec.num_vectors or stop - start > most:
             raise PrivacyProtocolError(
-                f"Expected rows of at most {most} vectors within {self._spec.num_vectors}, got {chunk.queries}. {_MEND}"
+                f"Expected rows of at most {most} vectors within {self._spec.num_vectors}, got {queries}. {_MEND}"
             )
         # A teacher may have a row for each label; a record has one row, wherever it lands.
         place = start if self._spec.kind == "teacher" else 0
-        self._keys.append(chunk.teacher_ids.to(torch.int64) * self._spec.num_vectors + place)
+        self._keys.append(ids.to(torch.int64) * self._spec.num_vectors + place)
 
     def _check_once(self) -> None:
         if not self._keys:

@@ -1,8 +1,8 @@
 """Classifiers of images: the two downstream networks and the one whose features measure fidelity.
 
 All are plain: no BatchNorm, no dropout, no buffers, so a saved state is exactly the learnt weights. Maps are pooled
-before their ReLU, on a quarter of the numbers: the larger of two goes with a rising function, so values and gradients are
-those of the usual order, to the last bit.
+before their ReLU, which then sees a quarter of the numbers: values and gradients are those of the usual order, to the
+last bit, since the ReLU of the largest is the largest ReLU.
 """
 
 import math

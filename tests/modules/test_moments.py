@@ -6,6 +6,7 @@ from dp_accounting import NeighboringRelation
 
 from callbacks import RunFolder
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.record_gradients import rows_of
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
@@ -13,7 +14,7 @@ from lightning_dp.modules.class_moments import ClassMoments, Placement
 from lightning_dp.modules.moments import MomentsModule
 from lightning_dp.modules.moments_rounds import MomentsRounds, codebook, denoised, spectral_edge
 from lightning_dp.modules.published import load_generator
-from lightning_dp.modules.release import _DOOR, Released
+from lightning_dp.modules.release import _DOOR, Released, rows_where_needed
 from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 from tests.conftest import TinyData, callbacks_for, trainer_for
 
@@ -49,7 +50,8 @@ def table(statistics: ClassMoments, images, labels, placement=None) -> torch.Ten
     """The sum that would be released without noise, before any clipping by the mechanism."""
     total = torch.zeros(statistics.release_shape, dtype=torch.float64)
     for chunk in statistics.rows(images, labels, placement or tiny_placement(statistics.num_components)):
-        total[chunk.queries] += chunk.values.sum(0)
+        for rows in rows_of(chunk):
+            total[rows.queries] += rows.values.sum(0)
     return total
 
 
@@ -177,6 +179,45 @@ def test_sums_are_exact_so_neither_chunks_nor_order_nor_other_records_change_a_b
     assert torch.equal(directions, torch.cat([u for _, u in alone]))
     assert on_grid(statistics.encoded(directions))
     assert not on_grid(directions)  # the same check sees rows that are not rounded
+
+
+@pytest.mark.parametrize("num_coefficients", [6, 47])
+def test_sums_without_rows_are_those_of_the_rows_to_the_last_bit(num_coefficients):
+    """47 coefficients are no whole number of blocks; two in five records are silent."""
+    generator = tiny_generator(num_coefficients=num_coefficients)
+    statistics = ClassMoments(generator, **{**PLAIN, "chunk_size": 7})
+    data, summed = TinyData(), torch.zeros(statistics.release_shape, dtype=torch.float64)
+    data.setup()
+    placement = Placement(torch.zeros(2, 1, num_coefficients), torch.ones(2, 1, dtype=torch.bool), clip=2.0)
+    rows = torch.zeros_like(summed)
+    for chunk in statistics.rows(data.train_images, data.train_labels, placement):
+        weights = (chunk.ids % 5 < 3).double()
+        formed = torch.cat([some.values[:, 0] for some in chunk.row_chunks()])
+        rows[chunk.place] += weights @ formed
+        chunk.add_weighted_sum(weights, summed[chunk.place])
+        norms = formed.norm(dim=1)
+        assert (norms <= chunk.norm_bounds).all()
+        assert (chunk.norm_bounds <= norms * (1 + 1e-6)).all()
+    assert torch.equal(summed, rows)
+    assert summed.abs().sum() > 1
+
+
+@pytest.mark.parametrize("mechanism", [Gaussian(), NoPrivacy()])
+def test_the_door_sums_to_the_same_bits_with_rows_and_without(mechanism, monkeypatch):
+    data, statistics = TinyData(), tiny_statistics(3)
+    data.setup()
+    spec, totals = statistics.contribution_spec(), []
+    for forms_rows in (False, True):
+        if forms_rows:
+            monkeypatch.setattr(type(mechanism), "row_scaling", lambda self, norms, spec: None)
+        rows = statistics.rows(data.train_images, data.train_labels, tiny_placement(3))
+        total = torch.zeros(statistics.release_shape, dtype=torch.float64)
+        for chunk in rows_where_needed(rows, mechanism, spec, total):
+            assert forms_rows
+            total[chunk.queries] += mechanism.encode(chunk.values, spec, None).sum(0)
+        totals.append(total)
+    assert torch.equal(*totals)
+    assert totals[0].abs().sum() > 1
 
 
 def on_grid(values) -> bool:

@@ -12,6 +12,7 @@ from lightning_dp.accounting.claim import ClaimLevel
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.gradients.record_gradients import SummableRows
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.adaptive import AdaptiveGaussian
 from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
@@ -51,6 +52,21 @@ def release(chunks, shape, **options):
     door = options.pop("door", None) or session(**options)
     door.begin_step()
     return door.release(chunks, shape, torch.device("cpu"))
+
+
+class Summed(SummableRows):
+    """Rows that are never formed."""
+
+    norm_bounds = property(lambda self: torch.ones(len(self.ids), dtype=torch.float64))
+
+    def __init__(self, *ids, place=0):
+        self.ids, self.place = torch.tensor(ids, dtype=torch.int64), place
+
+    def add_weighted_sum(self, weights, total):
+        total += weights.sum() / 5
+
+    def row_chunks(self):
+        yield rows(*self.ids.tolist(), queries=slice(self.place, self.place + 1))
 
 
 def rows(*ids, queries=slice(0, 1), width=None):
@@ -270,3 +286,13 @@ class TestWhatBelongsToARecord:
 
 def test_tiny_gan_passes(tmp_path):
     assert fit(tmp_path, tiny_gan()).claim().level is ClaimLevel.PROVED
+
+
+def test_rows_that_are_never_formed_are_counted_too():
+    release([Summed(1, 2, place=2), Summed(3, place=0)], (3, 5), spec=TABLE)
+    for chunks in ([Summed(1, 2), Summed(2, place=1)], [Summed(1), rows(1, queries=slice(2, 3))]):
+        with pytest.raises(PrivacyProtocolError, match="two rows"):
+            release(chunks, (3, 5), spec=TABLE)
+    for place in (-1, 3):
+        with pytest.raises(PrivacyProtocolError, match="within 3"):
+            release([Summed(1, place=place)], (3, 5), spec=TABLE)
