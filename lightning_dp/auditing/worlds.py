@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from datamodules import ImageDataModule
 from lightning_dp.errors import ConfigurationError
-from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients
+from lightning_dp.gradients.record_gradients import RecordChunk, SummableRows
 from lightning_dp.mechanisms.base import ReleasePlan
 from lightning_dp.mechanisms.keyed import seed_for_moved
 from lightning_dp.modules.base import PrivateModule
@@ -101,7 +101,7 @@ def _is_secret(module: PoissonModule) -> bool:
 
 def _named_before(chunks: Iterable[RecordChunk]) -> Iterator[RecordChunk]:
     for chunk in chunks:
-        if isinstance(chunk, RecordGradients):
+        if isinstance(chunk, SummableRows):
             named = copy(chunk)
             named.ids = chunk.ids + 1
             yield named
