@@ -4,11 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 
+from callbacks.private_ddp import check_strategy
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import ConfigurationError
 from tests.cli.runs import TINY, read_json
 from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
 from tests.distributed.group import free_port
@@ -105,3 +110,11 @@ def test_torchrun_on_two_machines(tmp_path):
     agents = [(*torchrun, f"--node_rank={node}", "-m", "lightning_dp") for node in range(2)]
     all_end_well([(command(*flags, launcher=agent), dict(os.environ)) for agent in agents])
     assert made_by(run_dir, 2)
+
+
+@pytest.mark.parametrize("strategy", [DDPStrategy, FSDPStrategy])
+def test_strategies_that_average_or_cut_are_refused(strategy):
+    """Also on one process: what they do to gradients does not depend on it."""
+    trainer = SimpleNamespace(strategy=strategy(parallel_devices=[torch.device("cpu")]), world_size=1)
+    with pytest.raises(ConfigurationError, match=f"private_ddp.*{strategy.__name__}"):
+        check_strategy(trainer)
