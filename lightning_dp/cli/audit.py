@@ -164,7 +164,7 @@ def small_run(config: Path, *flags: str, steps: int, whole: bool = False) -> "Ca
 
 def _value_of(name: str, flags: Sequence[str]) -> str | None:
     """Return what a flag is given, or None."""
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, following in zip(flags, [*flags, ""][1:], strict=True):
         given, equals, value = flag.partition("=")
         if given == name:
             return value if equals else following

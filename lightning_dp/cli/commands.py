@@ -128,7 +128,11 @@ def account(arguments: list[str]) -> int:
     parser = ArgumentParser(
         prog="lightning-dp account", exit_on_error=False, allow_abbrev=False, description=account.__doc__
     )
-    parser.add_argument("run", type=str, help="Run folder, or a ledger file (or --dataset DIR, a shared budget).")
+    parser.add_argument(
+        "run",
+        type=str,
+        help="Run folder, or a ledger file. (--dataset DIR --help: flags of a shared budget.)",
+    )
     parser.add_argument("--delta", type=float | None, default=None, help="Delta (default: the run's).")
     parser.add_argument("--json", action="store_true", help="Print the claim as JSON.")
     options: Any = parse(parser, arguments)

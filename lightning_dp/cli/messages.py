@@ -39,7 +39,8 @@ def subclass_names(base: type) -> list[str]:
     names: list[str] = []
     sub: type
     for sub in base.__subclasses__():
-        if not getattr(sub, "__abstractmethods__", None) and not _has_unset_class_variable(sub):
+        is_hidden = sub.__name__.startswith("_")
+        if not is_hidden and not getattr(sub, "__abstractmethods__", None) and not _has_unset_class_variable(sub):
             names.append(sub.__name__)
         names += subclass_names(sub)
     return sorted(set(names))
@@ -57,7 +58,10 @@ def unknown_class(where: str, name: str, base: type | None) -> str:
         return _unfinished_line(where, name, lacks)
     known = subclass_names(base) if base is not None else []
     choices = f"; choose from {', '.join(known)}." if known else "."
-    return f"Unknown --{where} {name!r}{choices}{nearest(name.rpartition('.')[2], known)}"
+    near = nearest(name.rpartition(".")[2], known)
+    if "." in name and (problem := _import_problem(name.rpartition(".")[0])):
+        return f"Cannot import --{where} {name!r} ({problem}); is its folder on PYTHONPATH? Or{choices[1:]}{near}"
+    return f"Unknown --{where} {name!r}{choices}{near}"
 
 
 def explain(message: str, roots: Mapping[str, type], flags: Iterable[str] = ()) -> str:
@@ -250,6 +254,15 @@ def _load(path: str) -> Any:
         return getattr(importlib.import_module(module), name, None)
     except (ImportError, ValueError):
         return None
+
+
+def _import_problem(module: str) -> str:
+    """Return why a module cannot be imported, in a line; nothing if it can be."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _subclass(base: type, name: str) -> type | None:

@@ -26,7 +26,12 @@ def select(arguments: list[str]) -> int:
         prog="lightning-dp select", exit_on_error=False, allow_abbrev=False, description=select.__doc__
     )
     parser.add_argument("grid", type=str, help="Grid file, as for benchmark; each cell is a candidate.")
-    parser.add_argument("--score", type=str, required=True, help="Metric: accuracy/cnn, accuracy/test, fid, ...")
+    parser.add_argument(
+        "--score",
+        type=str,
+        required=True,
+        help="fid, kid, precision, recall, accuracy/cnn, accuracy/mlp, accuracy/logistic; of classifiers accuracy/test.",
+    )
     parser.add_argument(
         "--score_records",
         type=Literal["held_out", "public", "training"],
