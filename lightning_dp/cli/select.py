@@ -30,7 +30,7 @@ def select(arguments: list[str]) -> int:
         "--score",
         type=str,
         required=True,
-        help="fid, kid, precision, recall, accuracy/cnn, accuracy/mlp, accuracy/logistic; of classifiers accuracy/test.",
+        help="fid, kid, precision, recall, accuracy/cnn, accuracy/mlp, accuracy/logistic; accuracy/test of classifiers",
     )
     parser.add_argument(
         "--score_records",
