@@ -13,9 +13,8 @@ _LARGE: Final = (2**28, 2**25)  # bytes; the second is the most that an older gl
 def keep_freed_memory() -> None:
     """Let glibc keep up to a gigabyte that was freed, instead of giving it back to the system after every step.
 
-    What comes back from the system is cleared and mapped again, a fault for every 4 KB: a fifth to a third of the time
-    of a step with convolutions (docs/performance.md). The most that a process holds at once hardly changes. Elsewhere
-    than on Linux, or with another allocator, nothing happens.
+    What comes back from the system is cleared and mapped again, a fault for every 4 KB: up to a third of the time of a
+    step on a busy machine (docs/performance.md). Elsewhere than on Linux, or with another allocator, nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
