@@ -1,6 +1,6 @@
 """Methods that count their steps and may publish a moving average of what they train."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -31,7 +31,7 @@ class AveragedModule(PrivateModule):
         check_decay(ema_decay=ema_decay)
         self.ema_decay = ema_decay
         self.average: ExponentialMovingAverage | None = None
-        self._followed: Callable[[], nn.Module]
+        self._follows: tuple[nn.Module, ...] = ()
         self._average_guard: ReleaseGuard | None = None
         self._round = 0
 
@@ -39,7 +39,8 @@ class AveragedModule(PrivateModule):
         """Keep a moving average of a network that will be published, if one was asked for; call once it is built."""
         if self.ema_decay > 0:
             self.average = ExponentialMovingAverage(network, decay=self.ema_decay)
-            self._followed = lambda: network  # not an attribute: its parameters would be listed twice
+            # In a tuple: as an attribute its parameters would be listed twice, and a copy of the method copies it.
+            self._follows = (network,)
 
     def averaged(self, network: Network) -> Network:
         """Return the moving average of `network`, or the network itself where none is kept."""
@@ -48,7 +49,7 @@ class AveragedModule(PrivateModule):
     def start_average(self) -> None:
         """Let the average begin where the network is, after a warm start."""
         if self.average is not None:
-            self.average.network.load_state_dict(self._followed().state_dict())
+            self.average.network.load_state_dict(self._follows[0].state_dict())
 
     def step_optimizer(self) -> None:
         """Let the one optimizer (and its schedule, if any) step on what was released, and finish the training step."""
@@ -66,7 +67,7 @@ class AveragedModule(PrivateModule):
         """Move the average (if what it follows has moved) and count the step; the last call of a training step."""
         if self.average is not None and with_average:
             self.check_published()  # an edit after the guarded step would be averaged in
-            self.average.update(self._followed())
+            self.average.update(self._follows[0])
             if self._average_guard is not None:
                 self._average_guard.remember()
         self._round += 1
@@ -87,7 +88,7 @@ class AveragedModule(PrivateModule):
     def _check_watched(self) -> None:
         super()._check_watched()
         if self.average is not None:
-            self._require_watched(self._followed(), self._released_parameters())
+            self._require_watched(self._follows[0], self._released_parameters())
 
     @override
     def watched_parameters(self) -> Iterator[nn.Parameter]:

@@ -417,3 +417,13 @@ class TestTelemetry:
     def test_a_name_that_promises_nothing_is_refused(self, tmp_path):
         with pytest.raises(PrivacyProtocolError, match="does not say"):
             self.keys(tmp_path, raw=True, name="train_loss")
+
+
+def test_a_copy_of_a_method_averages_its_own_network(tmp_path):
+    """A closure over the network would leave the copy's average with the original."""
+    module = tiny_gan(ema_decay=0.5)
+    copied = copy.deepcopy(module)
+    fit(tmp_path, copied, max_steps=2)
+    assert copied._follows[0] is copied.generator is not module.generator
+    for averaged, first in zip(copied.average.network.parameters(), module.generator.parameters(), strict=True):
+        assert not torch.equal(averaged, first)
