@@ -20,6 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "pretend"
 # As on a GPU: copies go anywhere, and whole numbers of the CPU may index.
 _COPIES = {"aten::copy_", "aten::_to_copy"}
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
@@ -91,6 +92,8 @@ class _Literals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _PRODUCTS and args[0].dim() == 1 < args[1].dim():  # ends in a squeeze that a wrapper does not see
+            return func(args[0].unsqueeze(0), args[1]).squeeze(0)
         if func is torch.Tensor.tolist:
             return func(args[0].detach().cpu())
         if func is not torch.tensor or kwargs.get("device") is None:
