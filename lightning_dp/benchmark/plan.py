@@ -18,6 +18,9 @@ _NOT_THE_RESULT = (
 )
 """Settings that change where a run is kept and shown, not what it computes."""
 
+_NOT_THE_BITS = ("state", "state_dir")
+"""Options of a model's parts that say where its numbers lie, and move none of them."""
+
 _NOT_THE_TRAINING = ("enable_progress_bar", "default_root_dir", "logger", "log_every_n_steps")
 
 
@@ -55,8 +58,15 @@ def request_key(resolved: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in resolved.items() if key not in _NOT_THE_RESULT}
     if isinstance(trainer := kept.get("trainer"), Mapping):
         kept["trainer"] = {key: value for key, value in trainer.items() if key not in _NOT_THE_TRAINING}
+    kept["model"] = _without_places(kept.get("model"))
     text = json.dumps(_as_in_a_card(kept), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_places(inner) for key, inner in value.items() if key not in _NOT_THE_BITS}
+    return value
 
 
 def _as_in_a_card(value: Any) -> Any:

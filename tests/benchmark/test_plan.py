@@ -26,6 +26,14 @@ def test_nor_how_it_is_shown():
     assert request_key({**REQUEST, "trainer": shown}) == request_key(REQUEST)
 
 
+def test_nor_where_teachers_lie():
+    parts = {"init_args": {"teachers": {"init_args": {"network": "mlp"}}}}
+    placed = {"init_args": {"teachers": {"init_args": {"network": "mlp", "state": "host", "state_dir": "x"}}}}
+    other = {"init_args": {"teachers": {"init_args": {"network": "small_conv"}}}}
+    keys = [request_key({**REQUEST, "model": model}) for model in (parts, placed, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
 @pytest.mark.parametrize(
     "change",
     [
