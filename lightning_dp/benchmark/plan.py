@@ -21,6 +21,9 @@ _NOT_THE_RESULT = (
 _NOT_THE_BITS = ("state", "state_dir")
 """Options of a model's parts that say where its numbers lie, and move none of them."""
 
+_OFF = {"texture": 0.0, "sharpness": 0.0}
+"""Options of generators that came later, at the values that do nothing: runs from before them are the same runs."""
+
 _NOT_THE_TRAINING = ("enable_progress_bar", "default_root_dir", "logger", "log_every_n_steps")
 
 
@@ -58,14 +61,18 @@ def request_key(resolved: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in resolved.items() if key not in _NOT_THE_RESULT}
     if isinstance(trainer := kept.get("trainer"), Mapping):
         kept["trainer"] = {key: value for key, value in trainer.items() if key not in _NOT_THE_TRAINING}
-    kept["model"] = _without_places(kept.get("model"))
+    kept["model"] = _deciding(kept.get("model"))
     text = json.dumps(_as_in_a_card(kept), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _without_places(value: Any) -> Any:
+def _deciding(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_places(inner) for key, inner in value.items() if key not in _NOT_THE_BITS}
+        return {
+            key: _deciding(inner)
+            for key, inner in value.items()
+            if key not in _NOT_THE_BITS and not (key in _OFF and inner == _OFF[key])
+        }
     return value
 
 

@@ -40,6 +40,15 @@ class Generator(ReleasableNetwork):
         """
         return
 
+    def finished(self, images: Tensor, stream: torch.Generator) -> Tensor:
+        """Return samples as they are shown; what a generator adds to them alone, and not while it learns, goes here.
+
+        Args:
+            images: In [0, 1], float32, (B, C, H, W), on the CPU.
+            stream: Of the randomness of these samples.
+        """
+        return images
+
     @torch.no_grad()
     def sample(
         self, num: int, *, seed: int | None = None, labels: Tensor | None = None, batch_size: int = 250
@@ -66,5 +75,5 @@ class Generator(ReleasableNetwork):
         images = torch.empty(num, *self.image_shape)
         for part in order.split(batch_size):
             made = self(self.sample_latent(len(part), stream), wanted[part].to(device))
-            images[part] = made.float().cpu()
+            images[part] = self.finished(made.float().cpu(), stream)
         return images, wanted

@@ -34,6 +34,14 @@ def test_nor_where_teachers_lie():
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_nor_a_later_option_that_is_off():
+    keys = [
+        request_key({**REQUEST, "model": {"generator": {"init_args": {"width": 64, **more}}}})
+        for more in ({}, {"texture": 0.0}, {"texture": 0.1})
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -166,3 +166,15 @@ def test_classes_without_samples_keep_what_they_have():
     assert torch.equal(generator.factors[1], before[1][1])
     assert not torch.equal(generator.means[0], before[0][0])
     assert all(torch.isfinite(value).all() for value in generator.state_dict().values())
+
+
+def test_texture_is_in_samples_alone_and_repeatable():
+    plain, textured = (DCTGenerator((1, 8, 8), num_classes=2, num_coefficients=9, texture=t) for t in (0.0, 0.2))
+    textured.load_state_dict(plain.state_dict())
+    latent, labels = plain.sample_latent(6, torch.Generator().manual_seed(1)), torch.arange(6) % 2
+    assert torch.equal(plain(latent, labels), textured(latent, labels))
+    (images, _), (same, _), (without, _) = (g.sample(6, seed=3) for g in (textured, textured, plain))
+    assert torch.equal(images, same)
+    assert 0.05 < (images - without).std() < 0.2
+    with pytest.raises(ConfigurationError, match="texture"):
+        DCTGenerator((1, 8, 8), num_coefficients=9, texture=-0.1)
