@@ -59,7 +59,7 @@ def test_a_run_without_privacy_takes_the_epsilon_away(tmp_path):
     assert found.proved.epsilon == compute_epsilon({(gaussian(5.0), FULL): 3}, delta=DELTA, relation=RELATION).epsilon
     first, second = found.lines()
     assert "epsilon=" not in first
-    assert "the 1 PROVED runs alone" in second
+    assert "the 1 PROVED run alone" in second
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_killed_once(cli, tmp_path, checkpoint_every, expect_checkpoint):
     assert (run_dir / "ledger.jsonl").read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     check_finished(run_dir)
     assert len(writers(run_dir)) == 2
-    lost = re.search(r"(\d+) releases after the last checkpoint stay charged", " ".join(outcome.logged))
+    lost = re.search(r"Still charged: (\d+) releases? after the last checkpoint", " ".join(outcome.logged))
     assert lost is not None
     learnt = torch.load(run_dir / "private" / "last.ckpt", weights_only=True)["round"]
     assert learnt == PLANNED - int(lost[1])

@@ -94,7 +94,7 @@ class TestCrash:
         stop_at(None)
         outcome = fit(*LENGTH, "--ckpt_path", "last")
         assert outcome.code == 0
-        assert any("2 releases after the last checkpoint stay charged" in line for line in outcome.logged)
+        assert any("Still charged: 2 releases after the last checkpoint" in line for line in outcome.logged)
         claim = read_json(run / "claim.json")
         assert claim["num_releases"] == len(ledger_of(run)) == PLANNED
         assert 0.99 * 5 <= claim["epsilon"] <= 5
