@@ -133,6 +133,7 @@ class GradientPrivatizer(pl.Callback):
                 "without a release. Derive the model from lightning_dp.modules.PrivateModule."
             )
         self.check_trainer(trainer)
+        self.mechanism.forget()  # of an earlier run; a checkpoint of this one is loaded after set-up
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")

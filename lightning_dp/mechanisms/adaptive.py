@@ -1,7 +1,8 @@
 """Gaussian mechanism whose clipping norm follows a quantile of the gradient norms (Andrew et al. 2021, Algorithm 1)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -84,7 +85,7 @@ class AdaptiveGaussian(Mechanism):
         self.quantile_share = float(quantile_share)
         self.keep_step_size = keep_step_size
         self.noise = noise
-        self._norm = self.initial_norm
+        self._norm = self._released_norm = self.initial_norm
 
     @property
     def max_grad_norm(self) -> float:
@@ -159,7 +160,21 @@ class AdaptiveGaussian(Mechanism):
         count = float(noisy[..., -1].sum()) / self._indicator_scale
         fraction = min(max(count / plan.spec.rows_per_vector + 0.5, 0.0), 1.0)
         factor = math.exp(-self.adaptation_rate * (fraction - self.target_quantile))
+        self._released_norm = self._norm
         self._norm = min(max(self._norm * factor, _RANGE[0]), _RANGE[1])
+
+    @contextmanager
+    def as_released(self) -> Iterator[None]:
+        """Go back to C of the release made last."""
+        coming, self._norm = self._norm, self._released_norm
+        try:
+            yield
+        finally:
+            self._norm = coming
+
+    def forget(self) -> None:
+        """Begin at `initial_norm`."""
+        self._norm = self._released_norm = self.initial_norm
 
     def state_dict(self) -> dict[str, float]:
         """Return C of the next release."""
@@ -172,7 +187,7 @@ class AdaptiveGaussian(Mechanism):
                 f"Expected the clipping norm of AdaptiveGaussian in the checkpoint, got {sorted(state)}. "
                 "Resume with the mechanism of the run."
             )
-        self._norm = float(state["max_grad_norm"])
+        self._norm = self._released_norm = float(state["max_grad_norm"])
 
     def describe(self) -> dict[str, Any]:
         """Return the options and the norm that was reached."""

@@ -7,6 +7,7 @@ neighbouring step may do to the rows; nothing else in the project restates it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import Any, ClassVar, Final, Literal, TypeAlias, final, get_args
 
@@ -234,6 +235,14 @@ class Mechanism(ABC):
             noisy: What `perturb` returned; `decode` may have overwritten it.
             plan: The plan of the run.
         """
+        return
+
+    def as_released(self) -> AbstractContextManager[None]:
+        """Encode and decode as in the release made last, for public rows that are compared with it; nothing to do."""
+        return nullcontext()
+
+    def forget(self) -> None:
+        """Drop what `adapt` has set: another run's ledger holds no release from which it was computed."""
         return
 
     def state_dict(self) -> dict[str, float]:

@@ -93,6 +93,7 @@ class NoiseSource:
             ValueError: `std` is negative or not finite.
         """
         _check_std(std)
+        self._check_process()  # first: in a forked child, a long tensor may wait for threads that are not there
         if math.prod(shape) > _PART:
             none = torch.zeros(shape, dtype=torch.float64)
             return self.add_gaussian(none, std=std, release_number=release_number, leaf=leaf)
@@ -115,6 +116,7 @@ class NoiseSource:
             ValueError: `std` is negative or not finite, or the total is not float64.
         """
         _check_std(std)
+        self._check_process()
         if total.dtype != torch.float64:
             raise ValueError(f"Expected a total in float64 to add noise to, got dtype={total.dtype}.")
         summed = total.detach().cpu().contiguous()
@@ -167,13 +169,16 @@ class NoiseSource:
         return int.from_bytes(self._key(release_number, f"coins:{block}")[:8], "big") >> 1
 
     def _key(self, release_number: int, leaf: str, *, size: int = 16) -> bytes:
+        self._check_process()
+        name = f"{release_number}/{leaf}".encode()
+        return hashlib.blake2b(name, key=self._secret, digest_size=size).digest()
+
+    def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise PrivacyProtocolError(
                 "Noise was asked for in a forked child process, which would draw its parent's noise over again. "
                 "Release in the process that made the NoiseSource, or make a new one in the child."
             )
-        name = f"{release_number}/{leaf}".encode()
-        return hashlib.blake2b(name, key=self._secret, digest_size=size).digest()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("A NoiseSource holds a secret and cannot be pickled or copied; make a new one in each process.")

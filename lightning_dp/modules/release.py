@@ -227,10 +227,11 @@ class ReleaseSession:
                 "reference() adds no noise, so it takes PublicRows only: wrap rows that were computed from public and "
                 "released values. Rows of an ensemble go through release()."
             )
-        total = self._encoded_sum(rows.chunks, shape[0], device, number, None)
-        total = (self._ranks.sum(total) if rows.is_share else total).to(torch.float64)
-        total *= self.plan.spec.rows_per_vector / num_rows
-        return self.mechanism.reference(total, self.plan, release_number=number, public_seed=self._public_seed)
+        with self.mechanism.as_released():
+            total = self._encoded_sum(rows.chunks, shape[0], device, number, None)
+            total = (self._ranks.sum(total) if rows.is_share else total).to(torch.float64)
+            total *= self.plan.spec.rows_per_vector / num_rows
+            return self.mechanism.reference(total, self.plan, release_number=number, public_seed=self._public_seed)
 
     def _encoded_sum(
         self,

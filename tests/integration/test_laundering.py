@@ -3,12 +3,15 @@
 import re
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.mechanisms.adaptive import AdaptiveGaussian
 from tests.cli.runs import read_json
 from tests.conftest import TinyData, callbacks_for, tiny_discriminator_gan, tiny_gan, trainer_for
+from tests.modules.test_dpgan import tiny_dpgan
 
 SHORT = ("--trainer.max_steps", "2", "--evaluate", "false")
 LONG = ("--trainer.max_steps", "4", "--evaluate", "false", "--privacy.target_epsilon", "20")
@@ -80,6 +83,21 @@ class TestSecondFit:
         trainer_for(tmp_path, callbacks_for(), 3).fit(module, datamodule=TinyData())
         with pytest.raises(PrivacyProtocolError, match="learned from 3 releases, but the ledger holds 0"):
             trainer_for(tmp_path, callbacks_for(), 3).fit(module, datamodule=TinyData())
+
+    def test_an_adaptive_mechanism_brings_nothing_from_the_first(self, tmp_path):
+        """Its clipping norm follows from releases of the first run, which the ledger of the second does not hold."""
+        mechanism, norms = AdaptiveGaussian(initial_norm=0.1), []
+
+        class Watch(pl.Callback):
+            def on_train_start(self, trainer, pl_module):
+                norms.append(mechanism.max_grad_norm)
+
+        for _ in range(2):
+            privacy = {"target_epsilon": None, "noise_multiplier": 8.0, "neighboring_relation": "add_or_remove_one"}
+            callbacks = [*callbacks_for(mechanism, **privacy), Watch()]
+            trainer_for(tmp_path, callbacks, 3).fit(tiny_dpgan(), datamodule=TinyData())
+            assert mechanism.max_grad_norm != 0.1
+        assert norms == [0.1, 0.1]
 
     def test_the_same_ledger_file_goes_on(self, tmp_path):
         module, path = tiny_gan(), tmp_path / "ledger.jsonl"

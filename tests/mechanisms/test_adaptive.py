@@ -162,6 +162,22 @@ def test_the_norm_survives_a_checkpoint():
     assert other.describe()["max_grad_norm"] == mechanism.max_grad_norm
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_public_rows_are_compared_at_the_norm_of_the_release(keeps):
+    """The same rows released and public: at C of the next release they would differ by the step of C, a tenth here."""
+    mechanism = AdaptiveGaussian(initial_norm=1.0, keep_step_size=keeps)
+    rows = torch.linspace(0.1, 0.6, 40).double()[:, None, None].expand(40, 1, 16)
+    for number in (1, 2):
+        released = release(mechanism, rows, number=number)
+        coming = mechanism.max_grad_norm
+        with mechanism.as_released():
+            assert mechanism.max_grad_norm != coming
+            total = mechanism.encode(rows, spec(), context(len(rows))).sum(0, dtype=torch.float64)
+            public = mechanism.reference(total, plan(), release_number=number, public_seed=0)
+        torch.testing.assert_close(public, released)
+        assert mechanism.max_grad_norm == coming
+
+
 def test_a_checkpoint_of_another_mechanism_is_refused():
     with pytest.raises(ConfigurationError, match="does not adapt"):
         Gaussian().load_state_dict(AdaptiveGaussian().state_dict())

@@ -83,6 +83,8 @@ def test_a_forked_child_cannot_repeat_its_parents_noise():
     source = NoiseSource()
     asked = (
         lambda: draw(source, 1),
+        lambda: draw(source, 1, size=3 * _PART),
+        lambda: source.add_gaussian(torch.zeros(3).double(), std=1.0, release_number=1),
         lambda: source.generator(release_number=1, leaf="noise"),
         lambda: source.coin_seed(release_number=1, block=0),
     )
@@ -103,6 +105,14 @@ def test_a_forked_child_cannot_repeat_its_parents_noise():
         os._exit(refusals())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(asked)
     assert refusals() == 0
+
+
+def test_a_forked_child_is_refused_before_torch_would_wait_for_threads_that_it_has_not(monkeypatch):
+    source = NoiseSource()
+    source._process = -1
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: pytest.fail("asked for a long tensor first"))
+    with pytest.raises(PrivacyProtocolError, match="forked"):
+        draw(source, 1, size=3 * _PART)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**15, 2**15 + 1, 2**18 + 1])

@@ -15,7 +15,7 @@ from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules.dpgan import DPGAN
 from lightning_dp.modules.published import load_generator
-from lightning_dp.modules.release import _DOOR, Released
+from lightning_dp.modules.release import _DOOR, Released, ReleaseSession
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator
 from tests.conftest import TinyData, callbacks_for, trainer_for
@@ -85,6 +85,22 @@ def test_every_mechanism_trains(tmp_path, mechanism):
     assert not torch.equal(flat(before.generator), flat(module.generator))
     assert not torch.equal(flat(before.critic), flat(module.critic))
     assert torch.isfinite(flat(module)).all()
+
+
+def test_fakes_are_clipped_as_the_records_of_their_step(tmp_path, monkeypatch):
+    """Not at the norm that the release of the step has just set for the next."""
+    mechanism, private, public = AdaptiveGaussian(), [], []
+    real = ReleaseSession._encoded_sum
+
+    def watched(self, chunks, num_vectors, device, number, census):
+        (public if census is None else private).append((number, self.mechanism.max_grad_norm))
+        return real(self, chunks, num_vectors, device, number, census)
+
+    monkeypatch.setattr(ReleaseSession, "_encoded_sum", watched)
+    train(tmp_path, mechanism=mechanism)
+    assert public == private
+    assert len(private) == 6
+    assert len({norm for _, norm in private}) > 1
 
 
 def test_a_critic_with_a_basis_sees_its_coordinates_alone(tmp_path):
