@@ -124,7 +124,9 @@ def matmul_seconds(network: str, batch: int, device_name: str) -> float:
     images, one_hot = torch.rand(1, 2 * batch, *IMAGE_SHAPE), torch.eye(CLASSES)[torch.arange(batch) % CLASSES][None]
     counted = [0]
 
-    class Counting(TorchDispatchMode):  # FlopCounterMode hooks modules too, which `autograd.grad` does not allow
+    class Counting(TorchDispatchMode):
+        """Adds up operations; FlopCounterMode hooks modules too, which `autograd.grad` does not allow."""
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             if func.overloadpacket in flop_registry:

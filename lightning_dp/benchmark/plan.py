@@ -18,11 +18,11 @@ _NOT_THE_RESULT = (
 )
 """Settings that change where a run is kept and shown, not what it computes."""
 
-_NOT_THE_BITS = ("state", "state_dir")
-"""Options of a model's parts that say where its numbers lie, and move none of them."""
-
-_OFF = {"texture": 0.0, "sharpness": 0.0}
-"""Options of generators that came later, at the values that do nothing: runs from before them are the same runs."""
+_WITHOUT_EFFECT: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "teachers": {"state": ("auto", "device", "host")},
+    "generator": {"texture": (0.0,), "sharpness": (0.0,)},
+}
+"""Options of a model's parts that came later, with the values that change no result: runs from before are the same."""
 
 _NOT_THE_TRAINING = ("enable_progress_bar", "default_root_dir", "logger", "log_every_n_steps")
 
@@ -66,14 +66,17 @@ def request_key(resolved: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _deciding(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            key: _deciding(inner)
-            for key, inner in value.items()
-            if key not in _NOT_THE_BITS and not (key in _OFF and inner == _OFF[key])
-        }
-    return value
+def _deciding(model: Any) -> Any:
+    """Return a model's settings without those of its own parts that have no effect."""
+    if not (isinstance(model, Mapping) and isinstance(parts := model.get("init_args"), Mapping)):
+        return model
+    kept = dict(parts)
+    for name, idle in _WITHOUT_EFFECT.items():
+        part = parts.get(name)
+        if isinstance(part, Mapping) and isinstance(options := part.get("init_args"), Mapping):
+            decide = {key: value for key, value in options.items() if value not in idle.get(key, ())}
+            kept[name] = {**part, "init_args": decide}
+    return {**model, "init_args": kept}
 
 
 def _as_in_a_card(value: Any) -> Any:

@@ -28,7 +28,7 @@ def test_nor_how_it_is_shown():
 
 def test_nor_where_teachers_lie():
     parts = {"init_args": {"teachers": {"init_args": {"network": "mlp"}}}}
-    placed = {"init_args": {"teachers": {"init_args": {"network": "mlp", "state": "host", "state_dir": "x"}}}}
+    placed = {"init_args": {"teachers": {"init_args": {"network": "mlp", "state": "host"}}}}
     other = {"init_args": {"teachers": {"init_args": {"network": "small_conv"}}}}
     keys = [request_key({**REQUEST, "model": model}) for model in (parts, placed, other)]
     assert keys[0] == keys[1] != keys[2]
@@ -36,10 +36,16 @@ def test_nor_where_teachers_lie():
 
 def test_nor_a_later_option_that_is_off():
     keys = [
-        request_key({**REQUEST, "model": {"generator": {"init_args": {"width": 64, **more}}}})
+        request_key({**REQUEST, "model": {"init_args": {"generator": {"init_args": {"width": 64, **more}}}}})
         for more in ({}, {"texture": 0.0}, {"texture": 0.1})
     ]
     assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("part", ["critic", "generator"])
+def test_a_class_of_ones_own_may_mean_something_by_such_a_name(part):
+    first, second = ({"init_args": {part: {"init_args": {"state": state}}}} for state in ("auto", "host"))
+    assert request_key({**REQUEST, "model": first}) != request_key({**REQUEST, "model": second})
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,23 @@ class TestSecondFit:
             assert mechanism.max_grad_norm != 0.1
         assert norms == [0.1, 0.1]
 
+    def test_but_a_resumed_run_goes_on_at_the_norm_that_it_had_reached(self, tmp_path):
+        """The other way round: forgetting at set-up comes before the checkpoint is loaded."""
+        path, checkpoint = tmp_path / "ledger.jsonl", tmp_path / "last.ckpt"
+        privacy = {"target_epsilon": None, "noise_multiplier": 8.0, "neighboring_relation": "add_or_remove_one"}
+        first, second, norms = AdaptiveGaussian(initial_norm=0.1), AdaptiveGaussian(initial_norm=0.1), []
+        trainer = trainer_for(tmp_path, callbacks_for(first, path, **privacy), 3)
+        trainer.fit(tiny_dpgan(), datamodule=TinyData())
+        trainer.save_checkpoint(checkpoint)
+
+        class Watch(pl.Callback):
+            def on_train_start(self, trainer, pl_module):
+                norms.append(second.max_grad_norm)
+
+        trainer = trainer_for(tmp_path, [*callbacks_for(second, path, **privacy), Watch()], 5)
+        trainer.fit(tiny_dpgan(), datamodule=TinyData(), ckpt_path=checkpoint, weights_only=True)
+        assert norms == [first.max_grad_norm] != [0.1]
+
     def test_the_same_ledger_file_goes_on(self, tmp_path):
         module, path = tiny_gan(), tmp_path / "ledger.jsonl"
         for steps in (2, 4):
