@@ -20,7 +20,7 @@ _NOT_THE_RESULT = (
 
 _WITHOUT_EFFECT: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "teachers": {"state": ("auto", "device", "host")},
-    "generator": {"texture": (0.0,), "sharpness": (0.0,)},
+    "generator": {"texture": (0.0,), "sharpness": (0.0,), "slant": (0.0,)},
 }
 """Options of a model's parts that came later, with the values that change no result: runs from before are the same."""
 

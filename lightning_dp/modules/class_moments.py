@@ -111,8 +111,7 @@ class ClassMoments:
         self.chunk_size = chunk_size
         self.num_classes, self.num_components = generator.num_classes, generator.num_components
         self.dim = generator.basis.dim
-        radii = generator.basis.radii.double().repeat(generator.image_shape[0])
-        self.scale = (1 + (radii / _CORNER) ** 2) ** emphasis
+        self.scale = (1 + (generator.basis.vector_radii / _CORNER) ** 2) ** emphasis
         self._basis = generator.basis
         self._pairs = torch.triu_indices(self.dim, self.dim)  # row by row, the diagonal included
 

@@ -74,10 +74,11 @@ class MomentsRounds(nn.Module):
         self.clip, self.cell_clip, self.public_seed = float(clip), float(cell_clip), public_seed
         self.search_rounds, self.keep_diagonal = search_rounds, keep_diagonal
         cells = (generator.num_classes, generator.num_components)
-        centres = torch.zeros(*cells, generator.image_shape[0], generator.num_coefficients, dtype=torch.float64)
-        centres[..., 0] = centre  # the constant comes first
+        centres = torch.zeros(*cells, self.statistics.dim, dtype=torch.float64)
+        of_channels = generator.image_shape[0] * generator.num_coefficients
+        centres[..., 0 : of_channels : generator.num_coefficients] = centre  # the constants
         self.centres: Tensor
-        self.register_buffer("centres", centres.flatten(2))
+        self.register_buffer("centres", centres)
         self.in_use: Tensor
         self.register_buffer("in_use", torch.arange(cells[1]).expand(cells) == 0)
         self.num_done: Tensor

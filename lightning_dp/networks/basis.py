@@ -69,6 +69,11 @@ class LowFrequencyDCT(PublicBasis):
         radii = torch.tensor([math.hypot(*pair) for pair in lowest_frequencies(side, num_coefficients)])
         self.register_buffer("radii", radii, persistent=False)
 
+    @property
+    def vector_radii(self) -> Tensor:
+        """Frequencies of the numbers of a vector, float64, (dim,)."""
+        return self.radii.double().repeat(self.image_shape[0])
+
     def in_steps(self, images: Tensor, steps: float) -> Tensor:
         """Return the vectors of images in whole steps, float64, (B, dim).
 

@@ -10,6 +10,7 @@ from lightning_dp.errors import ConfigurationError
 from lightning_dp.networks.basis import LowFrequencyDCT
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.texture import sharpened, textured
+from lightning_dp.networks.upright import UprightDCT
 
 _NUM_DISTORTIONS = 6  # an angle, two scales, a shear, two shifts
 
@@ -31,6 +32,9 @@ class ClassGaussianGenerator(Generator):
         black: Pixel value that becomes 0.
         distortion: Stds of random affine maps of the images: rotation in degrees, logarithm of the scale along each
             axis, shear, shift in pixels. Public knowledge of what keeps a label, no release; null draws none.
+        slant: Weight of a slant beside coefficients. Images are made upright before they are transformed
+            (`UprightDCT`), their slants drawn with the coefficients, and samples sheared by them; 0 leaves images as
+            they are.
         sharpness: How much edges are raised after that (`sharpened`); 0 leaves them.
         texture: Std of noise on pixels that are not dark (`textured`), last of all; 0 adds none.
 
@@ -55,6 +59,7 @@ class ClassGaussianGenerator(Generator):
         distortion: tuple[float, float, float, float] | None = None,
         sharpness: float = 0.0,
         texture: float = 0.0,
+        slant: float = 0.0,
     ) -> None:
         super().__init__()
         if num_components < 1:
@@ -63,7 +68,14 @@ class ClassGaussianGenerator(Generator):
             raise ConfigurationError(f"Expected finite generator.gain > 0 and -1 < black < 1, got {gain=}, {black=}.")
         self.image_shape, self.num_classes, self.gain, self.black = image_shape, num_classes, gain, black
         self.num_coefficients, self.window, self.num_components = num_coefficients, window, num_components
-        self.basis = LowFrequencyDCT(image_shape, num_coefficients, window)
+        if not 0 <= slant < math.inf:
+            raise ConfigurationError(f"Expected finite generator.slant >= 0, got {slant=}.")
+        self.slant = slant
+        self.basis = (
+            UprightDCT(image_shape, num_coefficients, window, weight=slant)
+            if slant
+            else LowFrequencyDCT(image_shape, num_coefficients, window)
+        )
         if distortion is not None and (len(distortion) != 4 or not all(0 <= std < math.inf for std in distortion)):
             raise ConfigurationError(f"Expected four finite stds >= 0 as generator.distortion, got {distortion=}.")
         if not (0 <= texture < math.inf and 0 <= sharpness < math.inf):
@@ -86,27 +98,45 @@ class ClassGaussianGenerator(Generator):
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
         normal, choice, warp, noise = latent.split(self._of_latent, dim=1)
         cells = labels * self.num_components + self._component(choice[:, 0], labels)
-        images = self.to_images(self._coefficients(normal, cells))
-        if self.distortion is not None:
-            images = self._distorted(images.clamp(0, 1), warp, self.distortion)
+        vectors = self._coefficients(normal, cells)
+        images, slants = self.to_images(vectors), vectors[:, -1] / self.slant if self.slant else None
+        if self.distortion is not None or slants is not None:
+            images = self._distorted(images.clamp(0, 1), warp, self.distortion, slants)
         images = ((images - self.black) * self.gain).clamp(0, 1)  # after interpolation, which blurs
         images = sharpened(images, self.sharpness) if self.sharpness else images
         return textured(images, noise, self.texture) if self.texture else images
 
     def to_images(self, coefficients: Tensor) -> Tensor:
-        """Return the images, (B, C, H, W), that have these coefficients, (B, C * num_coefficients); not clamped."""
+        """Return the images, (B, C, H, W), of coefficients, (B, C * num_coefficients), upright and not clamped.
+
+        What follows coefficients, the slant, is not read.
+        """
         channels, height, width = self.image_shape
-        pixels = coefficients.unflatten(1, (channels, self.num_coefficients)) @ self.basis.matrix.to(coefficients)
+        of_channels = coefficients[:, : channels * self.num_coefficients].unflatten(
+            1, (channels, self.num_coefficients)
+        )
+        of_channels = coefficients.unflatten(1, (channels, self.num_coefficients))
+        pixels = of_channels @ self.basis.matrix.to(coefficients)
         return pixels.unflatten(2, (height, width))
 
-    def _distorted(self, images: Tensor, warp: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
-        """Return the images under affine maps that standard normal draws, (B, 6), pick."""
-        rotation, scale, shear, shift = stds
+    def _distorted(
+        self,
+        images: Tensor,
+        warp: Tensor,
+        stds: tuple[float, float, float, float] | None,
+        slants: Tensor | None = None,
+    ) -> Tensor:
+        """Return the images under affine maps that standard normal draws, (B, 6), pick, and sheared by slants, (B,)."""
+        rotation, scale, shear, shift = stds or (0.0,) * 4
+        warp = warp if stds else images.new_zeros(len(images), _NUM_DISTORTIONS)
         angle, stretch = warp[:, 0] * math.radians(rotation), (warp[:, 1:3] * scale).exp()
         cosine, sine = angle.cos(), angle.sin()
         first = torch.stack([cosine * stretch[:, 0], warp[:, 3] * shear - sine * stretch[:, 1]], dim=1)
         second = torch.stack([sine * stretch[:, 0], cosine * stretch[:, 1]], dim=1)
         moves = warp[:, 4:6] * (2 * shift / self.image_shape[2])
+        if slants is not None:  # a place of the sheared image, read in the upright one
+            first = first - slants[:, None] * second
+            moves = torch.stack([moves[:, 0] - slants * moves[:, 1], moves[:, 1]], dim=1)
         maps = torch.cat([torch.stack([first, second], dim=1), moves[:, :, None]], dim=2)
         places = F.affine_grid(maps, list(images.shape), align_corners=False)
         return F.grid_sample(images, places, align_corners=False)

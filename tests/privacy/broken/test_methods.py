@@ -264,8 +264,31 @@ def vae(kind=DPVAE):
     return make
 
 
-def moments(kind=MomentsModule):
-    return lambda: kind(ClassGaussianGenerator((1, 8, 8), num_classes=2, num_coefficients=6), clip=2.0, centre=1.0)
+def moments(kind=MomentsModule, **options):
+    def make():
+        generator = ClassGaussianGenerator((1, 8, 8), num_classes=2, num_coefficients=6, **options)
+        return kind(generator, clip=2.0, centre=1.0)
+
+    return make
+
+
+class SlantsByTheMean(MomentsModule):
+    """Images are made upright by what their slants differ from the mean slant of all."""
+
+    def private_images(self):
+        images = super().private_images()
+        basis = self.generator.basis
+        mean = int(basis.slants_in_steps(images.double()).sum())
+        basis.slants_in_steps = lambda pixels: (type(basis).slants_in_steps(basis, pixels) - mean).clamp(-16, 16)
+        return images
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+def test_a_slant_that_is_told_by_others_is_found(relation):
+    assert audit(moments(slant=2.0), relation).verdict is Verdict.CONSISTENT
+    found = audit(moments(SlantsByTheMean, slant=2.0), relation)
+    assert found.verdict is Verdict.VIOLATED
+    assert found.measured["changed_rows"] > 10
 
 
 @pytest.mark.parametrize(
