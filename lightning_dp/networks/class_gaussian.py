@@ -68,8 +68,6 @@ class ClassGaussianGenerator(Generator):
             raise ConfigurationError(f"Expected finite generator.gain > 0 and -1 < black < 1, got {gain=}, {black=}.")
         self.image_shape, self.num_classes, self.gain, self.black = image_shape, num_classes, gain, black
         self.num_coefficients, self.window, self.num_components = num_coefficients, window, num_components
-        if not 0 <= slant < math.inf:
-            raise ConfigurationError(f"Expected finite generator.slant >= 0, got {slant=}.")
         self.slant = slant
         self.basis = (
             UprightDCT(image_shape, num_coefficients, window, weight=slant)
@@ -115,7 +113,6 @@ class ClassGaussianGenerator(Generator):
         of_channels = coefficients[:, : channels * self.num_coefficients].unflatten(
             1, (channels, self.num_coefficients)
         )
-        of_channels = coefficients.unflatten(1, (channels, self.num_coefficients))
         pixels = of_channels @ self.basis.matrix.to(coefficients)
         return pixels.unflatten(2, (height, width))
 

@@ -1,7 +1,5 @@
 """A public cosine basis of images that are made upright first, each by its own slant."""
 
-import math
-
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -13,6 +11,7 @@ _STEPS_TO_SLANT = 16  # slants are whole multiples of a sixteenth,
 _LARGEST = 16  # up to 1, which is 45 degrees
 _PARTS = 2 * _STEPS_TO_SLANT  # of a pixel, by which rows move: their distances from the middle are whole or half
 _BASIS_STEPS = 2.0**24  # of the rounded basis
+_MAX_WEIGHT = 100.0  # beyond what coefficients reach; squared distances stay below 2^53 steps
 
 
 class UprightDCT(LowFrequencyDCT):
@@ -29,7 +28,7 @@ class UprightDCT(LowFrequencyDCT):
         image_shape: (C, H, W) with H = W.
         num_coefficients: See `LowFrequencyDCT`.
         window: See `LowFrequencyDCT`.
-        weight: What a slant of 1 counts beside coefficients, > 0.
+        weight: What a slant of 1 counts beside coefficients, in (0, 100].
 
     Raises:
         ConfigurationError: The numbers do not fit each other.
@@ -44,8 +43,8 @@ class UprightDCT(LowFrequencyDCT):
         weight: float = 1.0,
     ) -> None:
         super().__init__(image_shape, num_coefficients, window)
-        if not 0 < weight < math.inf:
-            raise ConfigurationError(f"Expected a finite weight > 0 of the slant, got {weight=}.")
+        if not 0 < weight <= _MAX_WEIGHT:
+            raise ConfigurationError(f"Expected 0 < weight <= {_MAX_WEIGHT:g} of the slant, got {weight=}.")
         self.weight = weight
         self.dim = image_shape[0] * num_coefficients + 1
 
