@@ -137,8 +137,10 @@ class LedgerFile:
 
     def __init__(self, path: Path, descriptor: int, durable: bool) -> None:
         self.path = path
+        self._place = path.absolute()  # a program may change its folder while a run goes on
         self._descriptor = descriptor
         self._durable = durable
+        self._size = os.fstat(descriptor).st_size
         self._owner = os.getpid()
         self._head = ""
         self._failure: str | None = None
@@ -213,6 +215,7 @@ class LedgerFile:
         self._head = contents.head
         if contents.torn_at is not None:
             self._guarded(lambda: os.ftruncate(self._descriptor, contents.torn_at or 0))
+            self._size = contents.torn_at
         elif contents.lacks_line_break:
             self._write(b"\n")
 
@@ -259,6 +262,7 @@ class LedgerFile:
         """Write all bytes and flush them; after any failure the file takes no more."""
         if os.getpid() != self._owner:
             raise LedgerError(f"The privacy ledger {self.path} belongs to another process; a fork may not write it.")
+        self._check_untouched()
 
         def write_all() -> None:
             left = memoryview(data)
@@ -268,6 +272,28 @@ class LedgerFile:
                 os.fsync(self._descriptor)
 
         self._guarded(write_all)
+        self._size += len(data)
+
+    def _check_untouched(self) -> None:
+        """Refuse to add to a file that is not as this process left it, wherever a lock did not keep others out.
+
+        Lines behind what another process wrote, or in a file that was replaced by a copy or removed, are not found by
+        whoever reads the ledger next, and their releases would be free.
+        """
+        if self._failure is not None:
+            return
+        own = os.fstat(self._descriptor)
+        try:
+            found = os.stat(self._place)
+            is_same = (found.st_dev, found.st_ino, own.st_size) == (own.st_dev, own.st_ino, self._size)
+        except OSError:
+            is_same = False
+        if not is_same:
+            self._failure = "it was written, cut, moved or replaced by something else while the run went on"
+            raise LedgerError(
+                f"The privacy ledger {self.path} {self._failure.removeprefix('it ')}; nothing was released. Put the "
+                "newest copy back (a checkpoint holds one too) and resume."
+            )
 
     def _guarded(self, action: Callable[[], None]) -> None:
         if self._failure is not None:

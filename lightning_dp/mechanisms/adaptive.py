@@ -181,13 +181,24 @@ class AdaptiveGaussian(Mechanism):
         return {"max_grad_norm": self._norm}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore C."""
+        """Restore C.
+
+        Raises:
+            ConfigurationError: The state is of another mechanism, or holds no norm that a run can have reached.
+        """
         if set(state) != {"max_grad_norm"}:
             raise ConfigurationError(
                 f"Expected the clipping norm of AdaptiveGaussian in the checkpoint, got {sorted(state)}. "
                 "Resume with the mechanism of the run."
             )
-        self._norm = self._released_norm = float(state["max_grad_norm"])
+        norm = state["max_grad_norm"]
+        # Not one that a run can reach, so not of one: at 0, below it or at NaN, rows without a gradient send NaN.
+        if isinstance(norm, bool) or not isinstance(norm, int | float) or not _RANGE[0] <= norm <= _RANGE[1]:
+            raise ConfigurationError(
+                f"Expected a clipping norm between 1e-100 and 1e100 in the checkpoint, got max_grad_norm={norm!r}: it "
+                "was changed after it was saved. Put a whole copy back, or start a new run."
+            )
+        self._norm = self._released_norm = float(norm)
 
     def describe(self) -> dict[str, Any]:
         """Return the options and the norm that was reached."""

@@ -220,6 +220,53 @@ def test_a_full_disk_refuses_the_release_and_everything_after(path, monkeypatch)
         assert len(mended) == 2
 
 
+def cut(path):
+    os.truncate(path, path.stat().st_size - 5)
+
+
+def put_back(path):
+    """As editors, rsync and git do: another file of the same name."""
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    os.replace(copy, path)
+
+
+def write_without_a_lock(path):
+    """A second machine whose file system keeps locks to itself."""
+    with path.open("ab") as file:
+        file.write(b"{}\n")
+
+
+@pytest.mark.parametrize("happens", [cut, put_back, write_without_a_lock, Path.unlink], ids=lambda f: f.__name__)
+def test_a_file_that_changed_under_a_run_takes_no_more_releases(path, happens):
+    ledger = PrivacyLedger(HEADER, path, durable=False)
+    ledger.append(EVENTS[0], FULL)
+    happens(path)
+    for match in ("while the run went on; nothing was released", "takes no more entries"):
+        with pytest.raises(LedgerError, match=match):
+            ledger.append(EVENTS[0], FULL)
+    assert len(ledger) == 1
+    ledger.close()
+
+
+def test_without_that_check_releases_would_be_lost(path, monkeypatch):
+    """The broken twin writes on where nobody will read: its releases are free."""
+    monkeypatch.setattr(ledger_file.LedgerFile, "_check_untouched", lambda self: None)
+    with PrivacyLedger(HEADER, path, durable=False) as ledger:
+        put_back(path)
+        ledger.append(EVENTS[0], FULL)
+        assert len(ledger) == 1
+    assert len(PrivacyLedger.read(path)) == 0
+
+
+def test_a_run_may_change_its_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with PrivacyLedger(HEADER, "ledger.jsonl", durable=False) as ledger:
+        monkeypatch.chdir(tmp_path.parent)
+        ledger.append(EVENTS[0], FULL)
+    assert len(PrivacyLedger.read(tmp_path / "ledger.jsonl")) == 1
+
+
 # --- tampering --------------------------------------------------------------------------------------------------------
 
 

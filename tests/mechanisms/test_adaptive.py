@@ -186,6 +186,24 @@ def test_a_checkpoint_of_another_mechanism_is_refused():
     Gaussian().load_state_dict(Gaussian().state_dict())
 
 
+@pytest.mark.parametrize("norm", [0.0, -0.5, math.nan, math.inf, 1e-200, True, "0.1", None])
+def test_a_norm_that_no_run_reaches_is_refused(norm):
+    """A checkpoint that was written by hand, or by a broken program."""
+    mechanism = AdaptiveGaussian()
+    with pytest.raises(ConfigurationError, match="was changed after it was saved"):
+        mechanism.load_state_dict({"max_grad_norm": norm})
+    assert mechanism.max_grad_norm == mechanism.initial_norm
+
+
+@pytest.mark.parametrize("norm", [0.0, -0.5, math.nan])
+def test_at_such_a_norm_one_record_would_take_the_whole_release_along(norm):
+    """Why: the broken twin takes it over, and a record without a gradient makes the sum NaN, or reaches too far."""
+    mechanism = AdaptiveGaussian()
+    mechanism._norm = norm
+    encoded = mechanism.encode(torch.zeros(1, 1, 16), spec(), context(1))
+    assert not bool(encoded.norm() <= 1)
+
+
 def test_several_vectors_a_row_and_teachers_are_refused():
     teachers = ContributionSpec.teachers(num_teachers=4, vectors_per_row=1, vector_dim=4)
     with pytest.raises(ConfigurationError, match="no proof for teacher"):
