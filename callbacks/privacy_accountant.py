@@ -15,7 +15,7 @@ from lightning_dp.accounting.claim import PrivacyClaim
 from lightning_dp.accounting.claiming import claim_from_ledger, spent_epsilon
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.accounting.plan import ledger_plan
+from lightning_dp.accounting.plan import ledger_plan, releases_left
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks
@@ -198,10 +198,11 @@ class PrivacyAccountant(pl.Callback):
         return self.budget
 
     def _is_beyond_budget(self, event: ReleaseEvent, sampling: Sampling) -> bool:
-        if len(self.ledger) >= self._budget.num_releases:
+        counts = self.ledger.counts()
+        if not releases_left(counts, self._planned or {}, (event, sampling), self._budget.num_releases):
             return True
         return not isinstance(event, NonPrivateRelease) and would_exceed(
-            self.ledger.counts(),
+            counts,
             (event, sampling),
             budget_epsilon=self._budget.epsilon,
             delta=self._budget.delta,

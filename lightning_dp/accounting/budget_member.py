@@ -108,7 +108,8 @@ class BudgetMember:
         if not len(self._ledger) or not self._budget.exists():
             return
         event, sampling = self._next or next(reversed(self._ledger.counts()))
-        room = sum((ledger_plan(self._ledger) or {}).values()) or self._num_releases
+        # A run that was made longer than its plan had room beyond it.
+        room = max(sum((ledger_plan(self._ledger) or {}).values()), self._num_releases)
         for writer, lost in self._budget.unseen(self._run, self._ledger).items():
             if (count := min(lost, room - len(self._ledger))) > 0:
                 self._ledger.charge_lost(writer, event, sampling, count)

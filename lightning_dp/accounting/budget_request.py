@@ -14,6 +14,7 @@ from lightning_dp.accounting.composition import Counts
 from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.filters import Rule
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.plan import keeps_plan, releases_left
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.wording import counted
 
@@ -104,8 +105,10 @@ def needed_by(
     counts = ledger.counts()
     if not counts or next_release is None:
         return {key: max(planned.get(key, 0), counts.get(key, 0)) for key in (*planned, *counts)}
-    left = max(0, num_releases - len(ledger))
-    return {**counts, next_release: counts.get(next_release, 0) + left}
+    left = releases_left(counts, planned, next_release, num_releases)
+    # What of a warm start that died half-way was not made stays charged, as the claim charges it.
+    before = planned if next_release in planned and keeps_plan(counts, planned) else counts
+    return {**counts, **before, next_release: counts.get(next_release, 0) + left}
 
 
 def unit_of(unit: str) -> str:

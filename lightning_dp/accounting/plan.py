@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from lightning_dp.accounting.composition import Counts
-from lightning_dp.accounting.events import Sampling, event_from_dict
+from lightning_dp.accounting.events import ReleaseEvent, Sampling, event_from_dict
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, LedgerError
 
@@ -55,6 +55,25 @@ def claimed_counts(ledger: PrivacyLedger) -> Counts:
     """Return what a claim charges: the plan while the ledger keeps to it, else what was released."""
     plan, counts = ledger_plan(ledger), ledger.counts()
     return plan if plan is not None and counts and keeps_plan(counts, plan) else counts
+
+
+def releases_left(
+    counts: Counts, planned: Counts, next_release: tuple[ReleaseEvent, Sampling] | None, num_releases: int
+) -> int:
+    """Return how many more releases of a kind a run may make.
+
+    Planned releases of other kinds that were never made (of a warm start that died half-way, say) are not made up for:
+    with one more of its own kind than planned, a run would leave its plan, and lose its epsilon.
+
+    Args:
+        counts: What was released.
+        planned: What was fixed beforehand.
+        next_release: What each coming release will be; None where only the plan is known.
+        num_releases: Releases that the run may make in all.
+    """
+    is_planned = next_release in planned
+    others = (max(0, n - counts.get(key, 0)) for key, n in planned.items() if is_planned and key != next_release)
+    return max(0, num_releases - sum(counts.values()) - sum(others))
 
 
 def keeps_plan(counts: Counts, planned: Counts | None) -> bool:

@@ -5,10 +5,13 @@ import math
 import pytest
 
 from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.budget_member import BudgetMember
 from lightning_dp.accounting.budget_request import needed_by
+from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.plan import plan_header
 from lightning_dp.errors import ConfigurationError, LedgerError
-from tests.accounting.budgets import DELTA, FULL, HEADER, POISSON, budget, gaussian, request, reserve, room_for
+from tests.accounting.budgets import DELTA, FULL, HEADER, POISSON, budget, flags, gaussian, request, reserve, room_for
 
 __all__ = ["budget"]
 
@@ -209,6 +212,56 @@ class TestLeases:
             budget.note("a", ledger, has_ended=True)
         with PrivacyLedger.reopen(path) as ledger:
             assert budget.unseen("a", ledger) == {}
+
+
+class TestLongerThanPlanned:
+    """A run that was made longer than its plan leases beyond it, and a copy is charged beyond it."""
+
+    def member(self, budget, ledger):
+        made = BudgetMember(flags(budget.folder), ledger, num_releases=40, next_release=(gaussian(), FULL))
+        made.reserve()
+        return made
+
+    def killed_and_copied(self, budget, tmp_path):
+        """Return the ledger of a killed run, two of whose releases a copy lacks."""
+        header = HEADER | {"run_id": "a", "planned": plan_header({(gaussian(), FULL): 9})}
+        original, copy = tmp_path / "original.jsonl", tmp_path / "copy.jsonl"
+        with PrivacyLedger(header, original, durable=False) as ledger:
+            self.member(budget, ledger)
+            for number in range(1, 15):
+                ledger.append(gaussian(), FULL)
+                if number == 13:
+                    copy.write_bytes(original.read_bytes())
+        return copy
+
+    def go_on(self, budget, copy):
+        """Make all that is left in the copy; return how many releases anybody has seen."""
+        with PrivacyLedger.reopen(copy, durable=False) as ledger:
+            self.member(budget, ledger)
+            while len(ledger) < 40:
+                ledger.append(gaussian(), FULL)
+            return 14 + ledger.made
+
+    def test_the_copy_keeps_within_the_reservation(self, budget, tmp_path):
+        seen = self.go_on(budget, self.killed_and_copied(budget, tmp_path))
+        assert seen == 40 == sum(budget.state().counts.values())
+
+    def test_with_room_for_the_plan_alone_it_would_not(self, budget, tmp_path, monkeypatch):
+        copy = self.killed_and_copied(budget, tmp_path)
+        monkeypatch.setattr(DatasetBudget, "unseen", lambda *_: {})  # what is left of nine after thirteen
+        assert self.go_on(budget, copy) > sum(budget.state().counts.values())
+
+
+def test_a_warm_start_that_died_half_way_needs_what_it_reserved():
+    """Its own releases do not take the place of those that were never made; the broken twin asks for two more."""
+    ledger = PrivacyLedger(HEADER, None)
+    warm, own = (gaussian(3.0), FULL), (gaussian(), FULL)
+    plan = {warm: 3, own: 9}
+    ledger.append(*warm)
+    for _ in range(4):
+        assert needed_by(ledger, planned=plan, next_release=own, num_releases=12) == plan
+        ledger.append(*own)
+    assert needed_by(ledger, planned=plan, next_release=own, num_releases=15) == plan | {own: 12}  # made longer
 
 
 def test_what_a_run_needs():

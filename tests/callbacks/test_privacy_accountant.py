@@ -11,6 +11,7 @@ from callbacks import GradientPrivatizer, PrivacyAccountant
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.events import GaussianRelease, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.plan import plan_header
 from lightning_dp.accounting.settings import PrivacyBudget
 from lightning_dp.errors import ConfigurationError, LedgerError, PrivacyProtocolError
 from lightning_dp.mechanisms.gaussian import Gaussian
@@ -141,6 +142,27 @@ class TestBudget:
         with pytest.raises(PrivacyProtocolError, match="would cross the budget"):
             accountant.check_release(GaussianRelease(noise_std=0.1, l2_sensitivity=1.0), FULL)
         assert len(accountant.ledger) == 0
+
+    def test_what_a_dead_warm_start_did_not_make_is_not_made_up_for(self):
+        """The broken twin counts releases of all kinds together, leaves its plan, and loses its epsilon."""
+        warm = (GaussianRelease(noise_std=4.0, l2_sensitivity=1.0), Sampling(scheme="poisson", rate=0.5))
+        own = (GaussianRelease(noise_std=50.0, l2_sensitivity=1.0), FULL)
+        plan = {warm: 3, own: 4}
+        epsilon = compute_epsilon(plan, delta=1e-5, relation="replace_special").epsilon
+        accountant = PrivacyAccountant(privacy=settings(neighboring_relation="replace_special"))
+        budget = PrivacyBudget(noise_multiplier=2.0, num_releases=7, epsilon=epsilon, delta=1e-5, num_before=3)
+        header = HEADER | {"relation": "replace_special", "planned": plan_header(plan)}
+        accountant.open(budget, header, next_release=own)
+        for key, count in ((warm, 2), (own, 4)):
+            for _ in range(count):
+                accountant.check_release(*key)
+                accountant.ledger.append(*key)
+        assert accountant._is_spent()
+        with pytest.raises(PrivacyProtocolError, match="would cross the budget"):
+            accountant.check_release(*own)
+        accountant.check_release(*warm)  # its own place was kept
+        claim = accountant.claim()
+        assert (claim.level, claim.epsilon) == ("PROVED", epsilon)
 
     def test_the_trainer_stops_by_itself(self, tmp_path):
         """No max_steps: noise and budget fix the length, over several epochs of seven steps."""
