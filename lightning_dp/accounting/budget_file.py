@@ -116,6 +116,11 @@ class BudgetFile:
             size += len(line) + 1
             if number == expected[0] and head != expected[1]:
                 raise LedgerError(f"{self.path}, line {number}: it is not the line that {_HEAD_FILE} names.")
+        if len(lines) > 1 and not expected[0]:  # it follows the first line before a second is written
+            raise LedgerError(
+                f"{self.path} holds {len(lines)} lines, but {_HEAD_FILE}, which says how many there were, is gone: its "
+                "end may have been cut off. What was spent on this data set cannot be told; restore both from a copy."
+            )
         if len(lines) < expected[0]:
             torn = " and a torn one" if tail else ""
             raise LedgerError(

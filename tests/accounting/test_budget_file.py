@@ -65,6 +65,24 @@ class TestFile:
         (budget.folder / "budget.head").write_bytes(head)
         assert list(budget.state().runs) == ["a", "b", "c"]
 
+    def test_whole_lines_cut_off_together_with_the_head_are_noticed(self, budget):
+        """Without it, an older state of the file would be had by deleting lines in an editor."""
+        path, data = self.lines(budget)
+        (budget.folder / "budget.head").unlink()
+        for kept in (data, data[: data.rindex(b"\n", 0, -1) + 1]):
+            path.write_bytes(kept)
+            for look in (budget.state, lambda: reserve(budget, request("c", 1))):
+                with pytest.raises(LedgerError, match=r"budget\.head.* is gone"):
+                    look()
+
+    def test_a_crash_between_the_first_line_and_its_head_is_mended(self, budget):
+        self.lines(budget)
+        first = budget._file.path.read_bytes().splitlines(keepends=True)[0]
+        budget._file.path.write_bytes(first)
+        (budget.folder / "budget.head").unlink()
+        reserve(budget, request("a"))
+        assert list(budget.state().runs) == ["a"]
+
     def test_a_torn_header_is_begun_anew(self, budget):
         budget.folder.mkdir()
         budget._file.path.write_bytes(b'{"dataset":"di')
