@@ -12,6 +12,7 @@ from callbacks.privacy_accountant import PrivacyAccountant
 from callbacks.private_ddp import ranks_of
 from callbacks.refusals import refuse_coupled_records, refuse_settings
 from lightning_dp.accounting.composition import Counts
+from lightning_dp.accounting.coverage import default_not_covered
 from lightning_dp.accounting.events import ReleaseEvent, Sampling, relation_name
 from lightning_dp.accounting.plan import plan_header
 from lightning_dp.accounting.settings import PrivacyBudget, resolve_budget
@@ -166,7 +167,7 @@ class GradientPrivatizer(pl.Callback):
             data: Public facts of the data.
             budget: What `plan_run` returned.
         """
-        settings = self.accountant.privacy
+        settings, planned = self.accountant.privacy, self._planned(module, budget)
         return {
             "relation": relation_name(settings.relation),
             "unit": self._plan.spec.unit,
@@ -179,7 +180,8 @@ class GradientPrivatizer(pl.Callback):
             ],
             "conditional_on": [*module.conditional_on, *[_RAW_LOGS] * self.raw_telemetry],
             "plan": module.public_plan(),
-            "planned": plan_header(self._planned(module, budget)),
+            "planned": plan_header(planned),
+            **({"not_covered": [*default_not_covered(planned), *module.not_covered]} if module.not_covered else {}),
             "dataset": data.name,
             "num_records": data.num_records,
             "fingerprint": data.fingerprint,

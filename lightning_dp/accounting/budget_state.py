@@ -83,6 +83,7 @@ class RunCharge:
         mechanism: Name of its mechanism.
         level: Level of its claim.
         reasons: What its claim rests on beyond a proof.
+        not_covered: What its claim leaves out beyond the usual.
         counts: Everything that it may release.
         writers: Releases noted per process of the run.
         leases: Releases that a process which has not ended may have made at most, where that is more than was noted.
@@ -96,6 +97,7 @@ class RunCharge:
     counts: dict[tuple[ReleaseEvent, Sampling], int]
     writers: dict[str, int] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
+    not_covered: tuple[str, ...] = ()
 
 
 @dataclass
@@ -160,6 +162,7 @@ class BudgetState:
         level = next((one for one in order if one in levels), ClaimLevel.PROVED)
         found = self._guaranteed(delta) if level is ClaimLevel.PROVED else None
         mechanisms = dict.fromkeys(charge.mechanism for charge in self.runs.values())
+        of_runs = (text for charge in self.runs.values() for text in charge.not_covered)
         samplers = dict.fromkeys(_sampling_words(sampling) for _, sampling in self.counts)
         return PrivacyClaim(
             level=level,
@@ -172,7 +175,7 @@ class BudgetState:
             num_releases=sum(self.counts.values()),
             mechanism=", ".join(mechanisms) or "no mechanism",
             assumptions=tuple(dict.fromkeys(text for charge in self.runs.values() for text in charge.reasons)),
-            not_covered=NOT_COVERED,
+            not_covered=tuple(dict.fromkeys((*NOT_COVERED, *of_runs))),
             warnings=found.notes if found else (),
         )
 
@@ -270,13 +273,15 @@ def _reserve(state: BudgetState, part: Mapping[str, Any]) -> None:
     )
     run = str(part["run"])
     level, reasons = ClaimLevel(part["level"]), tuple(str(text) for text in part["reasons"])
+    not_covered = tuple(str(text) for text in part.get("not_covered", ()))
     if (held := state.runs.get(run)) is not None:
         held.counts = joined(held.counts, counts)
         held.reasons = tuple(dict.fromkeys((*held.reasons, *reasons)))
         order = list(ClaimLevel)  # from the best to the worst
         held.level = max(held.level, level, key=order.index)
         return
-    state.runs[run] = RunCharge(run, str(part["name"]), str(part["mechanism"]), level, reasons, counts)
+    name, mechanism = str(part["name"]), str(part["mechanism"])
+    state.runs[run] = RunCharge(run, name, mechanism, level, reasons, counts, not_covered=not_covered)
 
 
 def _has_price(part: Mapping[str, Any]) -> bool:

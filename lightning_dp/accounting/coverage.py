@@ -1,5 +1,7 @@
 """What an epsilon does not speak of."""
 
+from collections.abc import Sequence
+
 from lightning_dp.accounting.composition import Counts
 
 _FLOATING_POINT = "the gap between real-valued noise and the floating-point sampler"
@@ -32,6 +34,15 @@ def default_not_covered(counts: Counts) -> tuple[str, ...]:
     """
     is_exact = bool(counts) and all(event.is_exact for event, _ in counts)
     return tuple(_LAST_BITS if is_exact and text == _FLOATING_POINT else text for text in DEFAULT_NOT_COVERED)
+
+
+def beyond_the_usual(not_covered: Sequence[str] | None) -> tuple[str, ...]:
+    """Return what the list of one run names beyond the usual: whoever speaks of several runs repeats it.
+
+    Args:
+        not_covered: The list, None for the usual one.
+    """
+    return tuple(text for text in not_covered or () if text not in {*DEFAULT_NOT_COVERED, _LAST_BITS})
 
 
 def selection_not_covered(counts: Counts, *, is_random: bool) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from lightning_dp.accounting.budget_state import (
 )
 from lightning_dp.accounting.claim import ClaimLevel
 from lightning_dp.accounting.composition import Counts
+from lightning_dp.accounting.coverage import beyond_the_usual
 from lightning_dp.accounting.events import parse_relation
 from lightning_dp.accounting.filters import best_order, joined, rule_for, without_non_private
 from lightning_dp.accounting.ledger import PrivacyLedger
@@ -258,6 +259,7 @@ class DatasetBudget:
                         "mechanism": str(request.header.get("mechanism", "unknown")),
                         "level": str(request.level),
                         "reasons": list(request.reasons),
+                        "not_covered": list(beyond_the_usual(request.header.get("not_covered"))),
                         "planned": plan_header(lacks),
                     }
                 )

@@ -11,7 +11,7 @@ from callbacks.run_folder import LEDGER_FILE
 from lightning_dp.accounting.budget_state import BudgetState
 from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
 from lightning_dp.accounting.claiming import ledger_level, make_claim
-from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED, beyond_the_usual
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import claimed_counts, plan_changes
 from lightning_dp.benchmark.runner import RUNS_FOLDER
@@ -146,8 +146,12 @@ def _claim(ledgers: Sequence[PrivacyLedger], delta: float) -> PrivacyClaim:
         unverified=_each(
             text for ledger in ledgers for text in (*ledger.header.get("unverified", ()), *plan_changes(ledger))
         ),
-        not_covered=_NOT_COVERED,
+        not_covered=_each([*_NOT_COVERED, *(text for ledger in ledgers for text in _own(ledger))]),
     )
+
+
+def _own(ledger: PrivacyLedger) -> tuple[str, ...]:
+    return beyond_the_usual(ledger.header.get("not_covered"))
 
 
 def _each(texts: Iterable[str]) -> list[str]:

@@ -23,7 +23,7 @@ from lightning_dp.accounting.budget_request import DatasetBudgetSettings, RunReq
 from lightning_dp.accounting.claim import PrivacyClaim
 from lightning_dp.accounting.claiming import claim_from_ledger
 from lightning_dp.accounting.composition import Counts
-from lightning_dp.accounting.coverage import selection_not_covered
+from lightning_dp.accounting.coverage import beyond_the_usual, selection_not_covered
 from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.accounting.filters import joined
@@ -269,6 +269,7 @@ class Tuning:
             "not_covered": [
                 *selection_not_covered(charge, is_random=self.law is not None),
                 *self.score.not_covered(str(headers[0].get("dataset"))),
+                *_each(beyond_the_usual(header.get("not_covered")) for header in headers),
             ],
             "plan": {"candidates": sorted(self.candidates), "score": self.score.name},
             "planned": plan_header(charge),

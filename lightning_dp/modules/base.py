@@ -156,6 +156,11 @@ class PrivateModule(pl.LightningModule, ABC):
         return ()
 
     @property
+    def not_covered(self) -> tuple[str, ...]:
+        """What an epsilon of this method leaves out beyond what every claim of ours does, in words."""
+        return ()
+
+    @property
     def unverified(self) -> tuple[str, ...]:
         """Steps of the proof that this run does not keep, in words; any makes the claim UNVERIFIED."""
         return ()

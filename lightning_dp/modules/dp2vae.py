@@ -27,6 +27,10 @@ _CONDITION = (
     "the encoder, which was trained on the records without noise: a record moves the latents of all others, so nothing "
     "bounds what it adds to a release unless the encoder is taken as public"
 )
+_NOT_PUBLIC = (
+    "records that are an image of model.public_data as well: a run on such is refused, so that it was made at all "
+    "tells that there are none"
+)
 
 
 class DP2VAE(DPVAE):
@@ -140,6 +144,11 @@ class DP2VAE(DPVAE):
     def conditional_on(self) -> tuple[str, ...]:
         return (_CONDITION,) if self.encoder_source == "private_nondp" else ()
 
+    @property
+    @override
+    def not_covered(self) -> tuple[str, ...]:
+        return (_NOT_PUBLIC,) if self.encoder_source == "public" else ()
+
     @override
     def released_networks(self) -> dict[str, nn.Module]:
         return {"autoencoder" if self.encoder_source == "dp" else "decoder": self._learner}
@@ -169,8 +178,9 @@ class DP2VAE(DPVAE):
     def _refuse_private_images(self, public: Any) -> None:
         """Refuse records that are private under another name: a file of one's own, say.
 
-        Nothing has been released, and the error neither names nor counts them; that it came is told to whoever started
-        the run. Hashes stay in memory.
+        Nothing has been released, and the error neither names nor counts them. Whether it comes depends on the records
+        without noise, so the claim is one about records that are no public image (`not_covered`): among data sets of
+        such, no run is refused. Hashes stay in memory.
         """
         private = self.trainer.datamodule  # type: ignore[attr-defined]
         if _have_common_images(public.train_images, private.train_images):

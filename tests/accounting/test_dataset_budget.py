@@ -6,7 +6,9 @@ import pytest
 
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.budget_request import DatasetBudgetSettings
+from lightning_dp.accounting.budget_state import NOT_COVERED
 from lightning_dp.accounting.claim import ClaimLevel
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
 from lightning_dp.accounting.events import NonPrivateRelease, Sampling
 from lightning_dp.accounting.filters import make_filter
 from lightning_dp.errors import BudgetExceededError, ConfigurationError
@@ -116,6 +118,13 @@ class TestStatement:
             state.composed().epsilon
             != compute_epsilon({(gaussian(), FULL): 3}, delta=DELTA, relation="replace_one").epsilon
         )
+
+    def test_what_one_run_leaves_out_the_whole_leaves_out(self, budget):
+        """Of its list, what is the usual of a single run is said in other words, or once."""
+        own = "records that are public images as well"
+        for run, header in {"a": {}, "b": {"not_covered": [*DEFAULT_NOT_COVERED, own]}}.items():
+            reserve(budget, request(run, 1, **header))
+        assert budget.state().claim().not_covered == (*NOT_COVERED, own)
 
     def test_one_list_is_claimed_as_composed(self, budget):
         reserve(budget, request("a", 3), request("b", 4))

@@ -10,8 +10,10 @@ from dp_accounting import NeighboringRelation
 
 from callbacks import RunFolder
 from datamodules import MNIST, EmbeddedDigits
+from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.mechanisms.gaussian import Gaussian
+from lightning_dp.modules import dp2vae
 from lightning_dp.modules.dp2vae import DP2VAE
 from lightning_dp.networks.vae import CosineDecoder, CosineEncoder
 from tests.conftest import TinyData, callbacks_for, trainer_for
@@ -206,6 +208,14 @@ def test_private_records_under_another_name_are_no_public_data(tmp_path, monkeyp
     assert "31" not in str(refused.value)
     monkeypatch.setattr(DP2VAE, "_refuse_private_images", lambda self, public: None)
     assert train(tmp_path, tiny("public", public_data=public))[1].claim().level == "PROVED"
+
+
+@pytest.mark.parametrize("source", ["public", "random"])
+def test_the_claim_says_what_it_tells_that_the_run_was_not_refused(tmp_path, source):
+    """Equal images end a run without a release, which no noise hides: the claim is about records without any."""
+    claim = train(tmp_path, tiny(source))[1].claim()
+    beyond = [text for text in claim.not_covered if text not in DEFAULT_NOT_COVERED]
+    assert beyond == ([dp2vae._NOT_PUBLIC] if source == "public" else [])
 
 
 def test_the_ledger_says_where_the_encoder_comes_from(tmp_path):
