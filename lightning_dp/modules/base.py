@@ -19,6 +19,7 @@ from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.guard import ReleaseGuard
 from lightning_dp.modules.public_facts import PublicFacts
+from lightning_dp.modules.published import ask_before_saving
 from lightning_dp.modules.release import PublicRows, PublicSamples, Released, ReleaseSession
 from lightning_dp.networks.generator import Generator
 from lightning_dp.networks.releasable import ReleasableNetwork
@@ -229,6 +230,7 @@ class PrivateModule(pl.LightningModule, ABC):
                 f"{len(session.ledger)}{others}: its claim would leave some out. Continue with the run's own ledger "
                 "and an unchanged checkpoint, or start from a new module."
             )
+        ask_before_saving(self.released_model(), self.check_published)
         self._session = session
         self._guard = ReleaseGuard(self._released_parameters())
         for optimizer in optimizers:

@@ -8,8 +8,10 @@ import difflib
 import importlib
 import json
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakMethod
 
 from safetensors.torch import load_file, save
 
@@ -21,6 +23,17 @@ from lightning_dp.networks.releasable import ReleasableNetwork
 
 Network = TypeVar("Network", bound=ReleasableNetwork)
 _FORMAT = 1
+_asked: WeakKeyDictionary[ReleasableNetwork, WeakMethod[Callable[[], None]]] = WeakKeyDictionary()
+
+
+def ask_before_saving(network: ReleasableNetwork, check: Callable[[], None]) -> None:
+    """Have a method asked before its network is written, by whoever writes it.
+
+    Args:
+        network: What is published.
+        check: A method of an object; raises if the network is not what guarded steps left. Not kept alive.
+    """
+    _asked[network] = WeakMethod(check)
 
 
 def save_released(folder: Path, network: ReleasableNetwork, claim: dict[str, Any]) -> Path:
@@ -35,8 +48,11 @@ def save_released(folder: Path, network: ReleasableNetwork, claim: dict[str, Any
         The weights file.
 
     Raises:
+        PrivacyProtocolError: It was trained by a method here, and is not what its guarded steps left.
         ConfigurationError: The network has a persistent buffer, which could carry statistics of private data.
     """
+    if network in _asked and (check := _asked[network]()) is not None:
+        check()
     buffers = set(network.state_dict()) - {name for name, _ in network.named_parameters()}
     if buffers:
         raise ConfigurationError(

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import pytorch_lightning as pl
@@ -16,6 +18,7 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.modules.base import PrivateModule
 from lightning_dp.modules.guard import ReleaseGuard
+from lightning_dp.modules.published import save_released
 from lightning_dp.modules.release import Released, ReleaseSession
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
@@ -196,6 +199,21 @@ class TestNoWayAround:
         module.average.network.means.data.add_(1e-3)
         with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
             module.check_published()
+
+    @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+    def test_whoever_saves_by_hand_is_held_to_the_guard_as_well(self, tmp_path, ema_decay):
+        module = tiny_gan(ema_decay=ema_decay)
+        fit(tmp_path, module)
+        network = module.released_model()
+        save_released(tmp_path / "right", network, {})
+        network.means.data.add_(1e-3)
+        with pytest.raises(PrivacyProtocolError, match="changed outside a step"):
+            save_released(tmp_path / "wrong", network, {})
+        assert not (tmp_path / "wrong").exists()
+        kept = weakref.ref(network)
+        del module, network  # is not kept alive for it
+        gc.collect()
+        assert kept() is None
 
     def test_a_released_nan_is_not_taken_for_another_gradient(self):
         parameter = nn.Parameter(torch.zeros(2))
