@@ -3,7 +3,8 @@
 A record leaves at the end of its file, and at the front, where all others move up. What is keyed by an id, which is a
 position, then changes for all of them. Secret draws have the same law wherever a record stands, so worlds may be
 coupled: coins of sampling, coins of the mechanism and what is drawn by `record_seed` go along with the records. Public
-draws stay with the positions.
+draws stay with the positions. Where records are drawn, one that left is drawn no more, and in its place in the file
+stands another image under another label: whoever looks into the file past the draws sees a difference.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -149,7 +150,7 @@ def record_changes(plan: ReleasePlan, record: int) -> list[RecordChange]:
     if kind == "statistic":
         return [RecordChange("the record gone", record, _removed), RecordChange(first, 0, _removed, moves_up=True)]
     return [
-        RecordChange("the record gone", record, lambda data, index: None, is_absent=True),
+        RecordChange("the record gone", record, _inverted_and_relabelled, is_absent=True),
         RecordChange(first, 0, _moved_up, is_absent=True, moves_up=True),
     ]
 
@@ -174,6 +175,7 @@ def _removed(data: ImageDataModule, record: int) -> None:
 
 
 def _moved_up(data: ImageDataModule, record: int) -> None:
-    """Move all records one place up; the first, which takes part in nothing, fills the last place."""
+    """Move all records one place up; another one, which takes part in nothing, fills the last place."""
     images, labels = data.train_images.roll(-1, 0), data.train_labels.roll(-1, 0)
     data._splits = replace(data.splits, train_images=images, train_labels=labels)
+    _inverted_and_relabelled(data, len(labels) - 1)

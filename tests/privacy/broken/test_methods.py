@@ -210,6 +210,32 @@ class LogsTheBatchSize(DPSGDClassifier):
         yield from super().record_rows(records)
 
 
+class MapsWithRecords(DPSGDClassifier):
+    """The guard takes the function of `Released.map` at its word; this one has records in its hands."""
+
+    def release(self, chunks, shape):
+        brightness = self.trainer.datamodule.train_images.float().mean()
+        return super().release(chunks, shape).map(lambda value: value * (1 + 1e-4 * brightness))
+
+
+class LooksAtRecordsOnTheWay(TeacherEnsembleGAN):
+    """And so what is back-propagated: the slope of the generator's images depends on records."""
+
+    def backward_released(self, outputs, released):
+        brightness = self.trainer.datamodule.train_images.float().mean()
+        super().backward_released(outputs * (1 + 1e-4 * brightness), released)
+
+
+class StepsAsRecordsSay(DPSGDClassifier):
+    """The length of a step is private, and no gradient shows it."""
+
+    def step_optimizer(self):
+        brightness = float(self.trainer.datamodule.train_images.float().mean())
+        for group in self.optimizers().param_groups:
+            group["lr"] = 0.5 + 1e-4 * brightness
+        super().step_optimizer()
+
+
 class FollowsRawNorms(AdaptiveGaussian):
     """The clipping norm follows the norms of the records without noise."""
 
@@ -329,6 +355,22 @@ def test_records_that_reach_further_are_found(kind, what):
     found = audit(dpsgd(kind), "add_or_remove_one")
     assert found.verdict is Verdict.VIOLATED
     assert what in found.summary
+
+
+@pytest.mark.parametrize(
+    ("make", "relation"),
+    [
+        (dpsgd(MapsWithRecords), "add_or_remove_one"),
+        (gan(LooksAtRecordsOnTheWay), "replace_one"),
+        (dpsgd(StepsAsRecordsSay), "add_or_remove_one"),
+    ],
+    ids=["map", "outputs", "learning rate"],
+)
+def test_what_the_door_takes_at_its_word_is_found(make, relation):
+    """None of the three meets the guard; both worlds are handed the same released values, and end elsewhere."""
+    found = audit(make, relation)
+    assert found.verdict is Verdict.VIOLATED
+    assert "differ" in found.summary
 
 
 def test_a_record_with_two_rows_is_refused_by_the_door():
