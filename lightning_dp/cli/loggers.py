@@ -24,6 +24,8 @@ def make_loggers(
     attempt = len(list((folder / "metrics").glob("attempt_*")))
     loggers: list[Logger] = [CSVLogger(folder, name="metrics", version=f"attempt_{attempt}")]
     if mode != "disabled":
+        import wandb
+
         wandb_logger = WandbLogger(
             project=project,
             group=group,
@@ -32,6 +34,8 @@ def make_loggers(
             offline=mode == "offline" or (mode == "auto" and not is_logged_in()),
             log_model=False,
             config=config,
+            # Memory and load, every few seconds, follow the secret size of batches, and would be sent away.
+            settings=wandb.Settings(x_disable_stats=os.environ.get("WANDB_X_DISABLE_STATS", "true") != "false"),
         )
         wandb_logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns that it means nothing
         loggers.append(wandb_logger)

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_dp.cli.loggers import is_logged_in
 from tests.cli.runs import read_json
-from tests.integration.wandb_file import read_history
+from tests.integration.wandb_file import read_history, record_kinds
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,7 @@ def test_offline_is_the_default_when_not_logged_in(fit, tmp_path):
     assert any("samples" in name for row in rows for name in row)
     assert config["privacy"]["target_epsilon"] == 5
     assert config["mechanism"]["class_path"].endswith("TopAgg")
+    assert "stats" not in record_kinds(path)  # memory and load as time goes by follow the secret batches
 
 
 def test_a_run_without_privacy_holds_no_epsilon(fit, tmp_path):

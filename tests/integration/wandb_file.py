@@ -50,5 +50,15 @@ def read_history(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, config
 
 
+def record_kinds(path: Path) -> set[str]:
+    """Return what kinds of records an offline run holds."""
+    kinds = set()
+    for payload in payloads(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        kinds.add(str(record.WhichOneof("record_type")))
+    return kinds
+
+
 def _name(item: Any) -> str:
     return ".".join(item.nested_key) if item.nested_key else str(item.key)
