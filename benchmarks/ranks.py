@@ -266,10 +266,14 @@ def section(found: dict[str, Any], when: str) -> str:
 
 
 def write_section(path: Path, text: str) -> None:
-    """Replace the section in a file, or append it."""
+    """Replace the section in a file, or append it; notes below its last table stay, for whoever wrote them to mend."""
     before, found, after = path.read_text().partition(HEADING)
-    rest = after[after.find("\n## ") + 1 :] if "\n## " in after else ""
-    path.write_text((before if found else before.rstrip("\n") + "\n\n") + text + ("\n" + rest if rest else ""))
+    own, heading, rest = after.partition("\n## ")
+    lines = own.split("\n")
+    tables = [number for number, line in enumerate(lines) if line.startswith("|")]
+    notes = "\n".join(lines[tables[-1] + 1 :]).strip("\n") if tables else ""
+    text += f"\n{notes}\n" if notes else ""
+    path.write_text((before if found else before.rstrip("\n") + "\n\n") + text + heading + rest)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Judges what a run releases against the real test split, during or after training."""
 
 import logging
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,6 +27,10 @@ class EvaluateGenerator(pl.Callback):
         protocol: How samples are judged.
         every_n_releases: Also evaluate during training; null evaluates at the end only.
         sample_seed: Seed of the samples.
+
+    Attributes:
+        result: The newest.
+        time_s: What all of them took.
     """
 
     def __init__(
@@ -41,7 +46,9 @@ class EvaluateGenerator(pl.Callback):
         self.every_n_releases = every_n_releases
         self.sample_seed = sample_seed
         self.result: EvaluationResult | ClassificationResult | None = None
+        self.time_s = 0.0
         self._num_batches = 0
+        self._judged_at = -1
 
     @override
     def on_train_batch_end(
@@ -53,7 +60,8 @@ class EvaluateGenerator(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._evaluate(trainer, pl_module)
+        if self._judged_at != self._num_batches:  # nothing was learned since
+            self._evaluate(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -65,7 +73,8 @@ class EvaluateGenerator(pl.Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PrivateModule)
         _logger.info("Judging what is released against the real test split ...")
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data, start = trainer.datamodule, time.monotonic()  # type: ignore[attr-defined]
+        self._judged_at = self._num_batches
         try:
             with torch.random.fork_rng():
                 self.result = pl_module.evaluate_released(
@@ -75,6 +84,8 @@ class EvaluateGenerator(pl.Callback):
             # Diverged samples, say. The budget is spent: claim and release must be written all the same.
             _logger.warning("What is released could not be judged: %s", error)
             return
+        finally:
+            self.time_s += time.monotonic() - start
         for logger in trainer.loggers:
             logger.log_metrics(flat_metrics(self.result), step=trainer.global_step)
 

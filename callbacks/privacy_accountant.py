@@ -15,7 +15,7 @@ from lightning_dp.accounting.claim import PrivacyClaim
 from lightning_dp.accounting.claiming import claim_from_ledger, spent_epsilon
 from lightning_dp.accounting.events import NonPrivateRelease, ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.accounting.plan import ledger_plan, releases_left
+from lightning_dp.accounting.plan import keeps_plan, ledger_plan, parse_plan, releases_left
 from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks
@@ -133,6 +133,11 @@ class PrivacyAccountant(pl.Callback):
                     f"The ledger {self.ledger_path} was opened with {name}={found!r}, now {name}={value!r}. "
                     "Resume with the settings of the run, or start a new run in another --run_dir."
                 )
+        if not keeps_plan(parse_plan(header.get("planned", [])), ledger_plan(self._ledger)):
+            _logger.warning(
+                f"This is another plan than the one in {self.ledger_path}, longer or of other noise: once it is left, "
+                "no epsilon is stated. Resume with the settings of the run, or start a new run in another --run_dir."
+            )
         self._join_dataset(is_new=False)
 
     def _join_dataset(self, *, is_new: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
@@ -75,7 +76,8 @@ class RunFolder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._train_time_s = time.monotonic() - self._start  # without the evaluation that follows
+        judging = self.evaluation.time_s if self.evaluation is not None else 0.0
+        self._train_time_s = time.monotonic() - self._start - judging
 
     @override
     @rank_zero_only
@@ -95,13 +97,17 @@ class RunFolder(pl.Callback):
             metrics["privacy/final_epsilon"] = claim.epsilon
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):  # one that has a place for words
+                logger.experiment.summary.update(
+                    {"privacy/level": str(claim.level), "privacy/claim": claim.statement()}
+                )
 
     def _make_card(self, trainer: pl.Trainer, module: PrivateModule) -> RunCard:
         accountant, data = self.privatizer.accountant, trainer.datamodule  # type: ignore[attr-defined]
         claim, budget, privacy = accountant.claim(), accountant.budget, accountant.privacy
         result = self.evaluation.result if self.evaluation is not None else None
         network = module.released_model()
-        evaluation_time_s = result.wall_time_s if result is not None else 0.0
+        evaluation_time_s = self.evaluation.time_s if self.evaluation is not None else 0.0
         return RunCard(
             title=self.title,
             run_id=str(accountant.ledger.header.get("run_id", self.path.name)),

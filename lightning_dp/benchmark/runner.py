@@ -4,7 +4,7 @@ import fcntl
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -228,7 +228,8 @@ class Comparison:
                         self._end(running.pop(task.name), task, code, reporter)
                     reporter.tick()
             except KeyboardInterrupt:
-                backend.interrupt()
+                with suppress(KeyboardInterrupt):  # asked twice: they were told, and end by themselves
+                    backend.interrupt()
                 for job in running.values():
                     self._note(open_record(job.cell, "interrupted", plan=job.plan), reporter)
                 raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None

@@ -10,12 +10,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lightning_dp.accounting.budget_request import DatasetBudgetSettings
+from lightning_dp.cli.columns import whole_words
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.wording import counted
@@ -175,12 +175,8 @@ def _tell(console: Console, folder: Path, records: list[Any], spent: list[str]) 
         is_long = part.header[-1] == STATEMENT  # on a terminal, sentences stand below their table
         # Eighty columns hold no more; the report has all.
         shown = [i for i, name in enumerate(part.header[: -1 if is_long else None]) if name not in _IN_REPORT_ONLY]
-        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        for index in shown:
-            table.add_column(Text(part.header[index]), overflow="fold")
-        for row in part.rows:
-            table.add_row(*(Text(row[i], style="bold" if isinstance(row[i], Strong) else "") for i in shown))
-        console.print(table)
+        rows = [[Text(row[i], style="bold" if isinstance(row[i], Strong) else "") for i in shown] for row in part.rows]
+        console.print(whole_words([part.header[i] for i in shown], rows, title=title, width=console.width), Text())
         for row in part.rows if is_long else ():
             console.print(Text(f"{row[0]}, {row[1]}: {row[-1]}"))
     for line in spent:

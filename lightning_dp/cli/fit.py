@@ -29,7 +29,7 @@ from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import check_values, one_line
 from lightning_dp.cli.processes import process_number
-from lightning_dp.cli.run_dirs import make_run_dir, resolve_run
+from lightning_dp.cli.run_dirs import drop_if_empty, make_run_dir, resolve_run
 from lightning_dp.cli.trainer_flags import given_callbacks, refuse_own
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
@@ -148,6 +148,15 @@ class FitCLI(LightningCLI):
         options = self.config_init
         privatizer, budget = self.plan_privacy()
         self.run_dir, self._ckpt_path = resolve_run(options.name, options.run_dir, options.ckpt_path)
+        try:
+            return self._trainer_of(privatizer, budget, **kwargs)
+        except BaseException:
+            if options.run_dir is None and options.ckpt_path is None and not process_number():
+                drop_if_empty(self.run_dir)
+            raise
+
+    def _trainer_of(self, privatizer: GradientPrivatizer, budget: PrivacyBudget, **kwargs: Any) -> pl.Trainer:
+        options = self.config_init
         if options.dataset_budget.folder is not None and options.ckpt_path is None and not process_number():
             # Refused here, nothing is left behind; what counts is the reservation when the ledger opens.
             asked = self.budget_request(privatizer, budget)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_dp.mechanisms.base import Mechanism
 
 DEFAULT_FOLDER = "configs/experiment"
+_NAME_WIDTH = 15  # letters of a class name in a line
 
 _LEGEND = (
     "Relations: A add_or_remove_one, R replace_one, Z replace_special (zero-out). Each level holds under the relations "
@@ -36,10 +37,10 @@ def matrix(arguments: list[str]) -> int:
     Methods are the configurations of whole runs; each is planned with every mechanism, from public facts alone.
     """
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from lightning_dp.benchmark.matrix import merged_methods
+    from lightning_dp.cli.columns import broken_name, whole_words
 
     parser = ArgumentParser(
         prog="lightning-dp matrix", exit_on_error=False, allow_abbrev=False, description=matrix.__doc__
@@ -52,14 +53,14 @@ def matrix(arguments: list[str]) -> int:
         print(markdown(methods))
         return 0
     header, body, reasons = _table(methods)
-    table = Table(title=Text("Methods and mechanisms"), title_justify="left", show_lines=True)
-    for name in (header[0], *header[2:]):  # the configurations are too long for a column: they stand below
-        table.add_column(Text(name), overflow="fold")
+    rows = []
     for number, (method, _, *cells) in enumerate(body, start=1):
         styled = (Text(cell, style="dim" if cell.startswith("refused") else "") for cell in cells)
-        table.add_row(Text(f"{number} {method}"), *styled)
+        rows.append([Text(f"{number}"), Text(broken_name(method, _NAME_WIDTH)), *styled])
+    # The configurations are too long for a column: they stand below.
+    names = ["", *(broken_name(name, _NAME_WIDTH // 2) for name in (header[0], *header[2:]))]
     console = Console()
-    console.print(table)
+    console.print(whole_words(names, rows, title="Methods and mechanisms", width=console.width, show_lines=True))
     for number, (method, configurations, *_) in enumerate(body, start=1):
         console.print(Text(f"{number} {method}: {configurations}"))
     console.print(Text(_LEGEND))

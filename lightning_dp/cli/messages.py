@@ -57,11 +57,21 @@ def unknown_class(where: str, name: str, base: type | None) -> str:
     if base is not None and (found := _subclass(base, name)) is not None and (lacks := _lacks(found)):
         return _unfinished_line(where, name, lacks)
     known = subclass_names(base) if base is not None else []
-    choices = f"; choose from {', '.join(known)}." if known else "."
-    near = nearest(name.rpartition(".")[2], known)
+    short = _short_names(base)
+    if name in short:  # a flag would have been spelt out: this stands in a file
+        return f"Expected {where} to name a class, got {name!r}; in a file, write class_path: {short[name]} under it."
+    choices = f"; choose from {', '.join([*short, *known])}." if known else "."
+    near = nearest(name.rpartition(".")[2], [*short, *known])
     if "." in name and (problem := _import_problem(name.rpartition(".")[0])):
         return f"Cannot import --{where} {name!r} ({problem}); is its folder on PYTHONPATH? Or{choices[1:]}{near}"
     return f"Unknown --{where} {name!r}{choices}{near}"
+
+
+def _short_names(base: type | None) -> dict[str, str]:
+    """Return the short names that a flag of this base takes, each with the name of its class."""
+    from lightning_dp.cli.plugins import WARM_STARTS
+
+    return {short: kind.__name__ for short, kind in WARM_STARTS.items() if base is not None and issubclass(kind, base)}
 
 
 def explain(message: str, roots: Mapping[str, type], flags: Iterable[str] = ()) -> str:
@@ -79,6 +89,7 @@ def explain(message: str, roots: Mapping[str, type], flags: Iterable[str] = ()) 
         _unknown_option,
         _unknown_name,
         _unfinished,
+        _without_hint,
         _bare_options,
         _literal,
         _wrong_type,
@@ -154,6 +165,16 @@ def _unfinished(text: str, roots: Mapping[str, type], flags: list[str]) -> str |
     path = re.search(r"[\w.]+\.\w+", _value(text) or "")
     lacks = _lacks(_load(path[0])) if path is not None else []
     return _unfinished_line(_key(text), path[0], lacks) if path is not None and lacks else None
+
+
+def _without_hint(text: str, roots: Mapping[str, type], flags: list[str]) -> str | None:
+    found = re.search(r"Parameter '(\w+)' from '([\w.]+?)(?:\.__init__)?' does not specify a type", text)
+    if found is None:
+        return None
+    return (
+        f"{found[2]} cannot be used as --{_key(text)} yet: give its option {found[1]!r} a type hint, as in "
+        f"'{found[1]}: float', which makes it a flag."
+    )
 
 
 def _bare_options(text: str, roots: Mapping[str, type], flags: list[str]) -> str | None:

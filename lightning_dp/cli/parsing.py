@@ -43,7 +43,7 @@ def spelt_out(arguments: list[str], roots: Iterable[str], names: Mapping[str, st
 
 
 def _rewritten(flag: str, value: str, roots: Iterable[str], names: Mapping[str, str]) -> str | None:
-    if flag == "--warm_start" and value in names:
+    if flag in ("--warm_start", "--warm_start.help") and value in names:
         return f"{flag}={names[value]}"
     root, _, path = flag.removeprefix("--").partition(".")
     option, *inner = path.split(".")

@@ -1,10 +1,13 @@
 """Run folders of the command line: a new one, or the one to go on in; its private part is shut to other users."""
 
 import datetime
+import itertools
+from contextlib import suppress
 from pathlib import Path
 
 from callbacks.private_checkpoint import check_checkpoint
 from callbacks.run_folder import LAST_CHECKPOINT, LEDGER_FILE, PRIVATE_FOLDER
+from lightning_dp.cli.processes import process_number
 from lightning_dp.errors import ConfigurationError
 
 
@@ -20,7 +23,7 @@ def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[
         ConfigurationError: Nothing to resume, or a folder that already holds a run.
     """
     if ckpt_path is None:
-        folder = Path(run_dir) if run_dir else Path("runs") / name / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = Path(run_dir) if run_dir else _new_folder(Path("runs") / name)
         if (folder / LEDGER_FILE).exists():
             raise ConfigurationError(
                 f"{folder} already holds a run (its releases are spent). Resume it with --ckpt_path last, "
@@ -47,6 +50,32 @@ def resolve_run(name: str, run_dir: str | None, ckpt_path: str | None) -> tuple[
         return folder, None
     check_checkpoint(checkpoint)
     return folder, checkpoint
+
+
+def _new_folder(parent: Path) -> Path:
+    """Make a folder named after this moment; another one, where a run of the same moment has it."""
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    if process_number():
+        return parent / moment  # the first process makes it
+    for number in itertools.count(1):
+        folder = parent / (moment if number == 1 else f"{moment}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if parent.is_dir():
+                continue
+            return folder  # a file is in the way, which making the private part will say
+        except OSError:
+            return folder
+        return folder
+    raise AssertionError("itertools.count ends")
+
+
+def drop_if_empty(folder: Path) -> None:
+    """Remove what `resolve_run` made for a run that was refused: folders with nothing in them."""
+    with suppress(OSError):
+        for place in (folder, folder.parent, folder.parent.parent):
+            place.rmdir()
 
 
 def make_run_dir(folder: Path) -> None:

@@ -70,6 +70,7 @@ class PrivateModule(pl.LightningModule, ABC):
         other, flags = [], []
         for name, part in self.named_children():
             shape, classes = getattr(part, "image_shape", None), getattr(part, "num_classes", data.num_classes)
+            shape = None if shape is None else tuple(shape)  # a list, where a class of one's own gives no hint
             if shape is None or (shape, classes) == (data.image_shape, data.num_classes):
                 continue
             other.append(f"model.{name} is for images {shape} of {classes} classes")
