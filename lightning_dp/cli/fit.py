@@ -30,6 +30,7 @@ from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import check_values, one_line
 from lightning_dp.cli.processes import process_number
 from lightning_dp.cli.run_dirs import drop_if_empty, make_run_dir, resolve_run
+from lightning_dp.cli.short_help import ALL, is_short, shorten
 from lightning_dp.cli.trainer_flags import given_callbacks, refuse_own
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
@@ -76,13 +77,14 @@ class FitCLI(LightningCLI):
         self.run_dir = Path()
         self.run_folder: RunFolder
         self._ckpt_path: Path | None = None
+        self._has_short_help = is_short(args)
         super().__init__(
             PrivateModule,
             ImageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             run=False,
-            args=args,
+            args=["--help" if argument == ALL else argument for argument in args],
             save_config_callback=None,
             seed_everything_default=1,
             trainer_defaults=_TRAINER_DEFAULTS,
@@ -123,6 +125,8 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--wandb_project", type=str, default="lightning-dp", help="W&B project.")
         parser.add_argument("--wandb_group", type=str | None, default=None, help="W&B group of a comparison.")
+        if self._has_short_help:
+            shorten(parser, ROOTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a mistake is one line."""

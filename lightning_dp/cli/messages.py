@@ -57,7 +57,7 @@ def unknown_class(where: str, name: str, base: type | None) -> str:
     if base is not None and (found := _subclass(base, name)) is not None and (lacks := _lacks(found)):
         return _unfinished_line(where, name, lacks)
     known = subclass_names(base) if base is not None else []
-    short = _short_names(base)
+    short = short_names(base)
     if name in short:  # a flag would have been spelt out: this stands in a file
         return f"Expected {where} to name a class, got {name!r}; in a file, write class_path: {short[name]} under it."
     choices = f"; choose from {', '.join([*short, *known])}." if known else "."
@@ -67,7 +67,7 @@ def unknown_class(where: str, name: str, base: type | None) -> str:
     return f"Unknown --{where} {name!r}{choices}{near}"
 
 
-def _short_names(base: type | None) -> dict[str, str]:
+def short_names(base: type | None) -> dict[str, str]:
     """Return the short names that a flag of this base takes, each with the name of its class."""
     from lightning_dp.cli.plugins import WARM_STARTS
 
@@ -329,7 +329,7 @@ def _nearest_flag(word: str, flags: list[str]) -> str:
         if len(name) > 3 and 0 < len(ends) <= 3:
             return f" Did you mean {' or '.join(f'--{flag}' for flag in sorted(ends, reverse=True))}?"
     near = nearest(name, flags, cutoff=0.6).replace("Did you mean ", "Did you mean --")
-    others = " 'fit --help' lists the flags; a method's own are --model.NAME, listed by 'fit --model.help CLASS'."
+    others = " 'fit --help.all' lists the flags; a method's own are --model.NAME, listed by 'fit --model.help CLASS'."
     return near or (others if "model" in flags else " 'lightning-dp COMMAND --help' lists the flags.")
 
 

@@ -273,6 +273,18 @@ def test_an_interrupt_records_what_was_running_and_what_waits(tmp_path):
     assert set(statuses(again).values()) == {"finished"}
 
 
+def test_who_interrupts_twice_is_told_how_to_go_on_all_the_same(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeBackend, "interrupt", interrupt)
+    found, spy = comparison(tmp_path), Spy()
+    found.plan(spy)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        found.run(FakeBackend({"eps1-seed1": interrupt}), spy)
+    assert [statuses(found)[name] for name in spy.started_cells] == ["interrupted", "interrupted"]
+
+
 def test_one_comparison_at_a_time(tmp_path):
     found, spy = comparison(tmp_path), Spy()
     found.plan(spy)

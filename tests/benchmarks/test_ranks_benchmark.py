@@ -37,6 +37,15 @@ def test_the_section_shows_every_size_and_replaces_itself(tmp_path):
     assert text.endswith("kept\n")
 
 
+@pytest.mark.parametrize("after", ["", "\n## After\n\nkept\n"])
+def test_notes_below_the_tables_stay(tmp_path, after):
+    path = tmp_path / "performance.md"
+    path.write_text(f"# Performance\n\n{section(found(), 'today')}\n- A note.\n{after}")
+    write_section(path, section(found(), "tomorrow"))
+    write_section(path, section(found(), "tomorrow"))
+    assert path.read_text() == f"# Performance\n\n{section(found(), 'tomorrow')}\n- A note.\n{after}"
+
+
 def test_the_plan_follows_its_formulae(tmp_path, capsys):
     path = tmp_path / "ranks.json"
     path.write_text(json.dumps(found()))

@@ -116,6 +116,16 @@ class TestEvaluation:
         assert len(seen) == 1
         assert torch.equal(seen[0], trainer.datamodule.test_images)
 
+    def test_what_was_just_judged_is_not_judged_again(self, tmp_path, monkeypatch):
+        evaluation, calls = EvaluateGenerator(protocol=QUICK, every_n_releases=2), []
+        judge = EvaluateGenerator._evaluate
+        monkeypatch.setattr(EvaluateGenerator, "_evaluate", lambda *args: calls.append(1) or judge(*args))
+        self.fit(tmp_path, evaluation)
+        done = len(calls)
+        evaluation.on_train_end(None, None)  # would need a trainer to judge
+        assert done == len(calls) == 2
+        assert evaluation.time_s >= evaluation.result.wall_time_s
+
     @pytest.mark.parametrize("every", [0, -1])
     def test_how_often_is_checked(self, every):
         with pytest.raises(ConfigurationError, match="evaluate_every >= 1"):

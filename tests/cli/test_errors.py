@@ -27,6 +27,16 @@ class Unfinished(Mechanism):
         return 0 * rows
 
 
+class Untyped(Unfinished):
+    """A mechanism with an option of no type."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def decode(self, noisy, plan, release_number, public_seed):
+        return noisy
+
+
 MISTAKES = {
     # names
     "mechanism": (["--mechanism", "TopAg"], ["choose from", "NoPrivacy", "Did you mean TopAgg?"]),
@@ -39,6 +49,11 @@ MISTAKES = {
     "mechanism of another kind": (
         ["--mechanism", "EnergyTeachers"],
         ["choose from", "Gaussian", "NoPrivacy", "TopAgg"],
+    ),
+    "warm start": (["--warm_start", "moment"], ["from moments, semi_dual, MomentsWarmStart", "Did you mean moments?"]),
+    "mechanism with an option without a type": (
+        ["--mechanism", f"{__name__}.Untyped"],
+        ["Untyped cannot be used as --mechanism yet: give its option 'limit' a type hint"],
     ),
     "model": (["--model", "TeacherEnsembleGA"], ["TeacherEnsembleGAN", "Did you mean TeacherEnsembleGAN?"]),
     "data": (["--data", "EmbededDigits"], ["EmbeddedDigits", "FashionMNIST", "Did you mean EmbeddedDigits?"]),
@@ -432,3 +447,10 @@ def test_one_line_in_a_process_of_its_own(tmp_path):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("lightning-dp: error: Expected MNIST in ")
+
+
+def test_a_short_name_in_a_file_is_told_its_class(cli, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(changed("warm_start", "semi_dual")))
+    error = cli("fit", "--config", path, "--run_dir", tmp_path / "run").error()
+    assert "got 'semi_dual'; in a file, write class_path: SemiDualWarmStart under it" in error

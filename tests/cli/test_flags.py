@@ -1,6 +1,7 @@
 """Flags over a configuration change what runs, as the claim, the ledger and the resolved configuration tell."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -8,12 +9,20 @@ from pytorch_lightning.loggers import WandbLogger
 
 from lightning_dp.accounting.events import GaussianRelease, NonPrivateRelease
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.cli import run_dirs
 from lightning_dp.cli.loggers import make_loggers
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.modules import step_memory
 from tests.cli.runs import TINY, read_json, read_metrics
 from tests.conftest import callbacks_for, trainer_for
 
 QUICK = ("--evaluate", "false")
+
+
+class StoppedClock:
+    @staticmethod
+    def now():
+        return SimpleNamespace(strftime=lambda form: "now")
 
 
 def config_of(run_dir):
@@ -260,6 +269,42 @@ class TestRest:
         # The newest run of the name is the one that 'last' means.
         assert cli("fit", *flags, "--name", "mine", "--ckpt_path", "last").code == 0
         assert [path for path in (tmp_path / "runs" / "mine").iterdir()] == [folder]
+
+    def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(run_dirs, "datetime", SimpleNamespace(datetime=StoppedClock))
+        folders = [run_dirs.resolve_run("mine", None, None)[0] for _ in range(3)]
+        assert [folder.name for folder in folders] == ["now", "now-2", "now-3"]
+        run_dirs.drop_if_empty(folders[0])
+        assert (tmp_path / "runs" / "mine" / "now-2").is_dir()  # another's
+
+    def test_a_run_that_is_refused_late_leaves_no_folder(self, cli, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(step_memory, "free_memory", lambda device: 1000)
+        assert "memory that are free" in cli("fit", "--config", TINY, *QUICK).error()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_help_of_fit_is_short_and_names_what_runs(self, cli, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        texts = []
+        for flag in ("--help", "--help.all"):
+            with pytest.raises(SystemExit):
+                cli("fit", flag)
+            texts.append(capsys.readouterr().out)
+        short, long = (text.splitlines() for text in texts)
+        assert len(short) < 110 < len(long)
+        assert max(map(len, short)) <= 80
+        for word in ("TopAgg", "DPGAN", "semi_dual", "--privacy.target_epsilon", "--telemetry.raw", "--help.all"):
+            assert word in texts[0]
+        assert "--trainer.profiler" in texts[1]
+        assert "SUPPRESS" not in texts[0]
+        # Every flag of ours is in it, but for those that are nobody's business on an ordinary day.
+        ours = set(re.findall(r"^  --((?!trainer|print|help|evaluation.training)[\w.]+)", texts[1], re.M))
+        ours = {name for name in ours if not name.endswith(".help")} - {"privacy", "dataset_budget", "evaluation"}
+        assert ours - set(re.findall(r"^  --([\w.]+)", texts[0], re.M)) == {
+            "privacy.insecure_seed",
+            "dataset_budget.reservation",
+        }
 
     @pytest.mark.parametrize("command", ["fit", "sample", "evaluate", "account", "data"])
     def test_help(self, cli, capsys, command):

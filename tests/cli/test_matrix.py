@@ -16,3 +16,12 @@ def test_the_table_names_levels_and_refusals(cli, tmp_path):
     assert "dpvae_mnist_warm" in rows["DPVAE"]  # a warm start fixes no noise without a target
     assert "PROVED A R Z" in rows["DPVAE"]
     assert "refused" in rows["TeacherEnsembleGAN"]
+
+
+def test_on_eighty_columns_no_name_is_cut(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shutil.copy(TINY, tmp_path)
+    lines = cli("matrix", "--configs", tmp_path).out.splitlines()
+    assert max(map(len, lines[:6])) <= 80
+    words = {word for line in lines for word in line.split()}
+    assert {"TeacherEnsemble", "GAN", "Adaptive", "Gaussian", "NONPRIVATE", "TopAgg", "Fisher"} <= words

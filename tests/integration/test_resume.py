@@ -163,7 +163,9 @@ class TestCrash:
         run = tmp_path / "run"
         assert fit(*LENGTH).code == 0
         longer = ("--trainer.max_steps", 20, "--evaluate", "false", "--privacy.target_epsilon", "9")
-        assert fit(*longer, "--ckpt_path", "last").code == 0
+        outcome = fit(*longer, "--ckpt_path", "last")
+        assert outcome.code == 0
+        assert any("once it is left, no epsilon is stated" in line for line in outcome.logged)  # before it is spent
         claim = read_json(run / "claim.json")
         # Charged together within the budget of 9; but that was set in view of what the first releases had shown.
         assert (claim["level"], claim["epsilon"], claim["num_releases"]) == ("UNVERIFIED", None, 20)

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_dp.cli.loggers import is_logged_in
 from tests.cli.runs import read_json
-from tests.integration.wandb_file import read_history, record_kinds
+from tests.integration.wandb_file import read_history, read_summary, record_kinds
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def read_finished(path):
     """Return rows and configuration once the last row is there: W&B's service closes the file after the run ended."""
     for _ in range(600):
         rows, config = read_history(path)
-        if any("cost/train_time_s" in row for row in rows):
+        if "exit" in record_kinds(path):
             return rows, config
         time.sleep(0.1)
     raise AssertionError(f"{path} was never completed")
@@ -65,6 +65,8 @@ def test_offline_is_the_default_when_not_logged_in(fit, tmp_path):
     assert quality["eval/accuracy/logistic"] == card["evaluation"]["accuracy"]["logistic"]
     assert any("samples" in name for row in rows for name in row)
     assert config["privacy"]["target_epsilon"] == 5
+    summary = read_summary(path)
+    assert (summary["privacy/level"], summary["privacy/claim"]) == ("PROVED", claim["statement"])
     assert config["mechanism"]["class_path"].endswith("TopAgg")
     assert "stats" not in record_kinds(path)  # memory and load as time goes by follow the secret batches
 

@@ -50,6 +50,17 @@ def read_history(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, config
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the summary of an offline run, as far as it is written."""
+    summary: dict[str, Any] = {}
+    for payload in payloads(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        if record.WhichOneof("record_type") == "summary":
+            summary |= {_name(item): json.loads(item.value_json) for item in record.summary.update}
+    return summary
+
+
 def record_kinds(path: Path) -> set[str]:
     """Return what kinds of records an offline run holds."""
     kinds = set()
