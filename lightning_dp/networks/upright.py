@@ -84,12 +84,10 @@ class UprightDCT(LowFrequencyDCT):
     @override
     def forward(self, images: Tensor) -> Tensor:
         slants = self.slants_in_steps((images * 255).round().double())
-        found = images.new_empty(len(images), self.dim)
-        for slant in slants.unique().tolist():
-            mine, matrix = slants == slant, self.sheared(slant) / (_BASIS_STEPS * _PARTS)
-            found[mine, :-1] = (images[mine].flatten(2) @ matrix.to(images).T).flatten(1)
-        found[:, -1] = slants.to(images) * (self.weight / _STEPS_TO_SLANT)
-        return found
+        # One product for all: it rounds an image in a way that depends on how many there are, which is public, and not
+        # on how many of them slant alike, which their pixels decide.
+        coefficients = super().forward(_shorn(images, slants))
+        return torch.cat([coefficients, slants.to(images)[:, None] * (self.weight / _STEPS_TO_SLANT)], dim=1)
 
     def sheared(self, slant: int) -> Tensor:
         """Return the basis that takes a slant, in sixteenths, out first, float64, (num_coefficients, H * W).
@@ -103,3 +101,18 @@ class UprightDCT(LowFrequencyDCT):
         read = places[None, :, None] + moves[:, None, None]  # where a pixel of the upright image lies, (row, pixel, 1)
         weights = (_PARTS - (places - read).abs()).clamp(min=0)  # (row, upright pixel, pixel)
         return torch.einsum("krj,rji->kri", rounded, weights).flatten(1)
+
+
+def _shorn(images: Tensor, slants: Tensor) -> Tensor:
+    """Return images, (B, C, H, H), with their slants in sixteenths, (B,), taken out by linear interpolation."""
+    side = images.shape[3]
+    places = torch.arange(side, device=images.device)
+    moves = (2 * places - (side - 1)) * slants[:, None]  # in parts of a pixel, (B, row)
+    left = places + moves.div(_PARTS, rounding_mode="floor")[:, :, None]  # (B, row, upright pixel)
+    share = (moves.remainder(_PARTS).to(images) / _PARTS)[:, None, :, None]
+
+    def pixels(read: Tensor) -> Tensor:
+        found = images.gather(3, read.clamp(0, side - 1)[:, None].expand_as(images))
+        return torch.where(((read >= 0) & (read < side))[:, None], found, 0.0)
+
+    return (1 - share) * pixels(left) + share * pixels(left + 1)
