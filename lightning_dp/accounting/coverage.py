@@ -15,6 +15,7 @@ _LAST_BITS = "the last bits of a row, where floating-point kernels let them depe
 DEFAULT_NOT_COVERED: tuple[str, ...] = (
     "the choice of hyper-parameters, and of when to stop, if it looked at the private records",
     "the set of labels and the number of records, which are treated as public",
+    "held-out records: numbers by which they judge what was released have no noise",
     _FLOATING_POINT,
     _TIME,
     "what an author's code calls public: initial weights, PublicRows, PublicSamples, Released.map, log names",

@@ -110,14 +110,12 @@ def audit_draws(
     door = _with_short_rows(door)
     sums = _worst_sums(door)
     trials = max(16, min(draws, numbers // _numbers_a_trial(door, sums)))
-    without, with_it = (_scores(door, sums, world, trials, FULL) for world in (sums.left, sums.right))
-    errors = middle_errors(without, with_it)
-    profiles = [(privacy_profile({(door.event, FULL): 1}, relation=door.plan.relation), errors)]
-    if sampling.scheme != "full":
-        without, with_it = (_scores(door, sums, world, trials, sampling) for world in (sums.left, sums.right))
-    tail, claimed = tail_errors(without, with_it, delta=delta), door.epsilon(delta, sampling=sampling)
-    profile = [(claimed, delta), *privacy_profile({(door.event, sampling): 1}, relation=door.plan.relation)]
-    profiles += [(tuple(profile), found) for found in (tail, middle_errors(without, with_it))]
+    present = _scores(door, sums, trials, FULL)
+    scores = present if sampling.scheme == "full" else _scores(door, sums, trials, sampling)
+    errors, tail = middle_errors(*present), tail_errors(*scores, delta=delta)
+    claimed = door.epsilon(delta, sampling=sampling)
+    profile = ((claimed, delta), *_profile(door, sampling))
+    profiles = [(_profile(door, FULL), errors), (profile, tail), (profile, middle_errors(*scores))]
     by_rates = tail.epsilon(delta=delta, confidence=confidence)
     by_law = _epsilon_of_law(door, sums, errors, sampling, delta, confidence)
     measured = {
@@ -144,7 +142,7 @@ def audit_draws(
         finds=FINDS,
         misses=MISSES,
         measured=measured,
-        plot=trade_off_plot(without, with_it, profile),
+        plot=trade_off_plot(*scores, profile),
     )
 
 
@@ -202,8 +200,20 @@ def _worst_sums(door: Door) -> _Sums:
     return _Sums(pair, here[chosen], there[chosen], base[chosen])
 
 
-def _scores(door: Door, sums: _Sums, world: Tensor, trials: int, sampling: Sampling) -> NDArray[np.float64]:
-    """Return the places of draws along the line between the worlds."""
+def _profile(door: Door, sampling: Sampling) -> tuple[tuple[float, float], ...]:
+    """Return the curve that one release is charged."""
+    return tuple(privacy_profile({(door.event, sampling): 1}, relation=door.plan.relation))
+
+
+def _scores(
+    door: Door, sums: _Sums, trials: int, sampling: Sampling
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the places of draws of both worlds along the line between them."""
+    return _places(door, sums, sums.left, trials, sampling), _places(door, sums, sums.right, trials, sampling)
+
+
+def _places(door: Door, sums: _Sums, world: Tensor, trials: int, sampling: Sampling) -> NDArray[np.float64]:
+    """Return the places of draws of one world."""
     direction, middle = sums.direction, sums.place(torch.zeros_like(world))
     if door.has_additive_noise:
         blocks = _additive_draws(door, sums, world, trials, sampling)

@@ -54,7 +54,15 @@ def test_proved_claim():
 
 def test_default_scope_names_what_is_not_covered():
     text = " ".join(DEFAULT_NOT_COVERED)
-    for part in ("hyper-parameters", "labels", "number of records", "floating-point", "time and memory", "other runs"):
+    for part in (
+        "hyper-parameters",
+        "labels",
+        "number of records",
+        "floating-point",
+        "time and memory",
+        "other runs",
+        "held-out",
+    ):
         assert part in text
 
 
