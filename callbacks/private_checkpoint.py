@@ -26,7 +26,7 @@ class StreamedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with Path(path).open("wb") as file:
+            with open(path, "wb", opener=_for_the_owner) as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -46,6 +46,13 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         # Nothing but tensors and plain values, whatever was asked: a file may not run code.
         stored: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
         return stored
+
+
+def _for_the_owner(path: str, flags: int) -> int:
+    """Open a file that holds teachers and whatever else learned from records, wherever a program puts it."""
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)  # one that was there before
+    return descriptor
 
 
 def check_checkpoint(path: Path) -> None:

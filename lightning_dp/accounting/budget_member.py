@@ -9,7 +9,7 @@ from lightning_dp.accounting.dataset_budget import DatasetBudget
 from lightning_dp.accounting.events import ReleaseEvent, Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import ledger_plan
-from lightning_dp.errors import ConfigurationError, LedgerError
+from lightning_dp.errors import ConfigurationError
 from lightning_dp.wording import counted
 
 _LEASES = 20  # parts of a plan that are noted one by one
@@ -89,7 +89,7 @@ class BudgetMember:
                 self._budget.note(self._run, self._ledger, has_ended=True)
             elif self._settings.reservation is None:
                 self._budget.give_back(self._run, self._ledger)
-        except LedgerError as error:
+        except ConfigurationError as error:  # a copy of this run has begun, or the budget cannot be written
             # What is reserved stays reserved, which costs budget and never understates.
             _logger.warning(f"The reservation of this run stays as it is: {error}")
 

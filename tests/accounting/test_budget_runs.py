@@ -214,6 +214,22 @@ class TestLeases:
             assert budget.unseen("a", ledger) == {}
 
 
+def test_a_copy_without_a_release_ends_quietly_when_its_original_has_begun(budget, tmp_path):
+    """It gives nothing back, and its end hides no error that it ends with."""
+    header = HEADER | {"run_id": "a", "planned": plan_header({(gaussian(), FULL): 9})}
+    ledgers = [PrivacyLedger(header, tmp_path / f"{name}.jsonl", durable=False) for name in "ab"]
+    members = [
+        BudgetMember(flags(budget.folder), one, num_releases=9, next_release=(gaussian(), FULL)) for one in ledgers
+    ]
+    for member in members:
+        member.reserve()
+    ledgers[0].append(gaussian(), FULL)
+    members[1].end()
+    assert sum(budget.state().counts.values()) == 9
+    for ledger in ledgers:
+        ledger.close()
+
+
 class TestLongerThanPlanned:
     """A run that was made longer than its plan leases beyond it, and a copy is charged beyond it."""
 

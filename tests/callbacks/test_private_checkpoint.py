@@ -43,6 +43,14 @@ def test_a_checkpoint_goes_straight_to_its_file_and_comes_back_mapped(tmp_path, 
     assert max(buffers) > 1_000_000
 
 
+def test_a_checkpoint_is_its_owners_wherever_it_lies(tmp_path):
+    """A folder that a program made may be open to all."""
+    path = tmp_path / "a.ckpt"
+    path.touch(mode=0o666)
+    StreamedCheckpointIO().save_checkpoint({"round": 3}, path)
+    assert path.stat().st_mode & 0o077 == 0
+
+
 def test_a_checkpoint_runs_no_code_whatever_is_asked(tmp_path):
     torch.save({"a": Code()}, tmp_path / "a.ckpt")
     with pytest.raises(ConfigurationError, match="not readable"):
