@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.gradients.parts import Order, Part, Rows, product
+from lightning_dp.gradients.standardised import Standardisation, StandardisedRows
+from lightning_dp.networks.standardised import made_from
 
 
 class Layer(ABC):
@@ -64,17 +66,46 @@ class Layer(ABC):
             as_rows: Keep no factors.
         """
         gradient = gradient.to(self._inputs.dtype)
-        pairs = [(self.weight, self._of_weight(gradient, as_rows=as_rows))] if self.weight.requires_grad else []
+        pairs = self._of_weights(gradient, as_rows=as_rows) if self.weight.requires_grad else []
         if self.bias is not None and self.bias.requires_grad:
             pairs.append((self.bias, Rows(self._over_items(self._of_bias(gradient)))))
         return pairs
+
+    def _of_weights(self, gradient: Tensor, *, as_rows: bool) -> list[tuple[Tensor, Part]]:
+        """Return the same for whatever the weight was made of."""
+        return [(self.weight, self._of_weight(gradient, as_rows=as_rows))]
 
     def _over_items(self, values: Tensor) -> Tensor:
         """Return sums over the items of a record, (n, size), of values (n * items, size)."""
         return values if self.num_items == 1 else values.unflatten(0, (self.num_records, self.num_items)).sum(1)
 
 
-class LinearLayer(Layer):
+class _MatrixLayer(Layer):
+    """A layer that multiplies by its weight; one that was standardised is seen through, row by row."""
+
+    _through: Standardisation | None = None
+
+    @property
+    def _order(self) -> Order | None:
+        """How the rows of the weight lie."""
+        return None
+
+    def _of_weights(self, gradient: Tensor, *, as_rows: bool) -> list[tuple[Tensor, Part]]:
+        source = made_from(self.weight)
+        if source is None or not (source.weight.requires_grad and source.gain.requires_grad):
+            return super()._of_weights(gradient, as_rows=as_rows)
+        self._through = Standardisation(source, self.num_records, self._order)
+        rows = self._of_weight(gradient, as_rows=as_rows)
+        assert isinstance(rows, Rows)
+        return [(source.weight, StandardisedRows(rows, self._through)), (source.gain, Rows(self._through.gains))]
+
+    def _product(self, left: Tensor, right: Callable[[slice], Tensor], d: int, *, as_rows: bool) -> Part:
+        """Return the gradients sum_t left_t x right_t; see `product`."""
+        measure = None if self._through is None else self._through.measure
+        return product(left, right, d, as_rows=as_rows, order=self._order, measure=measure)
+
+
+class LinearLayer(_MatrixLayer):
     """`F.linear`, used at any number of places of a record."""
 
     def _forward(self, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -83,13 +114,13 @@ class LinearLayer(Layer):
 
     def _of_weight(self, gradient: Tensor, *, as_rows: bool) -> Part:
         left, right = (tensor.unflatten(0, (self.num_records, -1)) for tensor in (gradient, self._inputs))
-        return product(left, lambda few: right[few], right.shape[2], as_rows=as_rows)
+        return self._product(left, lambda few: right[few], right.shape[2], as_rows=as_rows)
 
     def _of_bias(self, gradient: Tensor) -> Tensor:
         return gradient
 
 
-class _SpatialLayer(Layer):
+class _SpatialLayer(_MatrixLayer):
     """What both convolutions share: one input meets patches of the other, (n, T, kernel * channels).
 
     On a CPU, maps are handed on with channels last: pooling is several times as fast on them.
@@ -128,7 +159,12 @@ class _SpatialLayer(Layer):
     def _of_bias(self, gradient: Tensor) -> Tensor:
         return gradient.sum((2, 3))
 
-    def _product(self, places: Tensor, met: Tensor, *, as_rows: bool) -> Part:
+    @property
+    def _order(self) -> Order | None:
+        size, channels, *kernel = self.weight.shape
+        return Order((size, *kernel, channels), (0, 3, 1, 2))
+
+    def _meeting(self, places: Tensor, met: Tensor, *, as_rows: bool) -> Part:
         """Return the gradient of the weight.
 
         Args:
@@ -145,8 +181,7 @@ class _SpatialLayer(Layer):
             return found.reshape(-1, self.num_items * math.prod(grid), d)
 
         left = places.permute(0, 2, 3, 1).reshape(self.num_records, -1, places.shape[1])
-        order = Order((places.shape[1], *kernel, met.shape[1]), (0, 3, 1, 2))
-        return product(left, right, d, as_rows=as_rows, order=order)
+        return self._product(left, right, d, as_rows=as_rows)
 
 
 class ConvLayer(_SpatialLayer):
@@ -156,7 +191,7 @@ class ConvLayer(_SpatialLayer):
         return F.conv2d(maps, weight, bias, self.stride, self.padding)
 
     def _of_weight(self, gradient: Tensor, *, as_rows: bool) -> Part:
-        return self._product(gradient, self._inputs, as_rows=as_rows)
+        return self._meeting(gradient, self._inputs, as_rows=as_rows)
 
 
 class ConvTransposeLayer(_SpatialLayer):
@@ -166,7 +201,7 @@ class ConvTransposeLayer(_SpatialLayer):
         return F.conv_transpose2d(maps, weight, bias, self.stride, self.padding, self.output_padding)
 
     def _of_weight(self, gradient: Tensor, *, as_rows: bool) -> Part:
-        return self._product(self._inputs, _channels_last(gradient), as_rows=as_rows)
+        return self._meeting(self._inputs, _channels_last(gradient), as_rows=as_rows)
 
 
 class NormLayer(Layer):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
+from lightning_dp.gradients.group_norm import GroupNormLayer
 from lightning_dp.gradients.layers import ConvLayer, ConvTransposeLayer, Layer, LinearLayer, NormLayer
 from lightning_dp.gradients.parts import Part
 
@@ -181,7 +182,12 @@ def _read_group_norm(
     def normalise(maps: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
         return F.group_norm(maps, num_groups, gain, offset, eps)
 
-    return inputs, weight, bias, lambda: NormLayer(_some(weight), bias, normalise, inputs.dim() - 1)
+    item_dims = inputs.dim() - 1
+    if torch.is_autocast_enabled(inputs.device.type) or any(
+        part.dtype != inputs.dtype for part in (weight, bias) if part is not None
+    ):
+        return inputs, weight, bias, lambda: NormLayer(_some(weight), bias, normalise, item_dims)
+    return inputs, weight, bias, lambda: GroupNormLayer(_some(weight), bias, num_groups, item_dims, eps)
 
 
 def _read_layer_norm(

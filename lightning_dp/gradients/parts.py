@@ -6,7 +6,7 @@ sums in double precision (docs/decisions.md, "What rounding may do to a weighted
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -19,7 +19,7 @@ from lightning_dp.mechanisms.rows import entries_at_once
 
 # A number of a row costs about as much to write, measure and sum as this many multiplications (docs/performance.md).
 _TRAFFIC: Final = 30
-_BLOCK_ENTRIES: Final = 2**16
+_BLOCK_ENTRIES: Final = 2**18
 _CACHED_ENTRIES: Final = 2**18
 
 
@@ -94,14 +94,11 @@ class Rows(Part):
     Args:
         values: (n, ...).
         order: Of the entries; None where they lie as in the parameter.
+        lengths: Norms along the last axis of `values`, (n, lines), in their precision; None to have them computed.
     """
 
-    def __init__(self, values: Tensor, order: Order | None = None) -> None:
-        self._values, self.order = values, order
-
-    def laid(self, size: int) -> Tensor:
-        """Return the gradients as they lie, (n, size, rest), with the length of the parameter's first axis."""
-        return self._values.flatten(1).unflatten(1, (size, -1))
+    def __init__(self, values: Tensor, order: Order | None = None, lengths: Tensor | None = None) -> None:
+        self._values, self.order, self._lengths = values, order, lengths
 
     def rows(self) -> Tensor:  # noqa: D102
         rows = self._values.flatten(1)
@@ -110,11 +107,12 @@ class Rows(Part):
     @cached_property
     def squared_norms(self) -> Tensor:  # noqa: D102
         # In the gradients' own precision along the last axis: squares do not cancel, so their rounding has a bound.
-        return torch.linalg.vector_norm(self._lines, dim=-1).to(torch.float64).square().sum(1)
+        lengths = torch.linalg.vector_norm(self.lines, dim=-1) if self._lengths is None else self._lengths
+        return lengths.to(torch.float64).square().sum(1)
 
     @property
     def squared_bounds(self) -> Tensor:  # noqa: D102
-        lines = self._lines
+        lines = self.lines
         unit = torch.finfo(lines.dtype).eps / 2
         # m squares, in any order, are off by a factor of at most 1 + 2 m u; a root and what underflows come on top.
         relative = 1 + 2 * (lines.shape[-1] + 4) * unit
@@ -125,10 +123,17 @@ class Rows(Part):
         return self.squared_norms
 
     def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
+        if self.order is not None:
+            summed = torch.zeros_like(total)
+            Rows(self._values).add_weighted_sum(weights, summed)
+            total += self.order.restored(summed)
+            return
         rows = self._values.flatten(1)
         width = max(1, entries_at_once(_BLOCK_ENTRIES, rows.device) // max(1, len(rows)))
-        summed = torch.cat([weights @ block.to(torch.float64) for block in rows.split(width, dim=1)])
-        total += summed if self.order is None else self.order.restored(summed)
+        exact = rows.new_empty(min(width, rows.shape[1]) * len(rows), dtype=torch.float64)
+        for block, share in zip(rows.split(width, dim=1), total.split(width), strict=True):
+            few = exact[: block.numel()].view_as(block).copy_(block)
+            share.addmv_(few.T, weights)
 
     def shaped(self, shape: torch.Size) -> tuple[Tensor, Order | None]:
         """Return the gradients in the shape of the parameter, (n, *shape), and how they lie in memory."""
@@ -138,15 +143,16 @@ class Rows(Part):
         axes = (0, *(1 + axis for axis in self.order.axes))
         return rows.unflatten(1, self.order.sizes).permute(axes), self.order
 
-    def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
-        return Rows(self._values.flatten(1).masked_fill(is_silent.unsqueeze(1), 0.0), self.order)
+    def silence(self, is_silent: Tensor) -> "Rows":  # noqa: D102
+        return Rows(self.lines.masked_fill(is_silent[:, None, None], 0.0), self.order)
 
     @property
     def num_bytes(self) -> int:  # noqa: D102
         return self._values.numel() * self._values.element_size()
 
     @property
-    def _lines(self) -> Tensor:
+    def lines(self) -> Tensor:
+        """The gradients as they lie, in lines of which each has one sum of squares, (n, lines, entries)."""
         return self._values if self._values.dim() == 3 else self._values.flatten(1).unsqueeze(1)
 
 
@@ -226,7 +232,13 @@ def _lengths(factor: Tensor) -> Tensor:
 
 
 def product(
-    left: Tensor, right: Callable[[slice], Tensor], d: int, *, as_rows: bool, order: Order | None = None
+    left: Tensor,
+    right: Callable[[slice], Tensor],
+    d: int,
+    *,
+    as_rows: bool,
+    order: Order | None = None,
+    measure: Callable[[Tensor, slice], None] | None = None,
 ) -> Part:
     """Return the gradients sum_t left_t x right_t as rows, or as factors where that is cheaper.
 
@@ -236,13 +248,24 @@ def product(
         d: Entries of the right factor at one place.
         as_rows: Rows are wanted whatever they cost.
         order: Of the entries; None where they lie as in the parameter.
+        measure: Sees the rows of a few records, (few, p, d), while they are in the cache; None to take norms.
     """
     n, places, p = left.shape
-    if not as_rows and places * (1 + places * (p + d) / (p * d)) < _TRAFFIC:
+    if measure is None and not as_rows and places * (1 + places * (p + d) / (p * d)) < _TRAFFIC:
         return Product(left, right(slice(0, n)), order)
     rows = left.new_empty(n, p, d)
-    at_once = max(1, entries_at_once(_CACHED_ENTRIES, left.device) // (places * d))
-    for start in range(0, n, at_once):
-        few = slice(start, start + at_once)
-        torch.bmm(left[few].mT, right(few), out=rows[few])
-    return Rows(rows, order)
+    lengths = left.new_empty(n, p) if measure is None else None
+    cached = entries_at_once(_CACHED_ENTRIES, left.device)
+    for some in _few_at_a_time(0, n, cached // (p * d)):
+        for few in _few_at_a_time(some.start, some.stop, cached // (places * d)):
+            torch.bmm(left[few].mT, right(few), out=rows[few])
+        if measure is not None:
+            measure(rows[some], some)
+        elif lengths is not None:
+            torch.linalg.vector_norm(rows[some], dim=2, out=lengths[some])
+    return Rows(rows, order, lengths)
+
+
+def _few_at_a_time(start: int, stop: int, few: int) -> Iterator[slice]:
+    few = max(1, few)
+    return (slice(at, min(at + few, stop)) for at in range(start, stop, few))

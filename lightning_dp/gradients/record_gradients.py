@@ -11,10 +11,8 @@ from torch.func import vmap
 from lightning_dp.gradients.overheard import Overhearing, UnsupportedNetwork
 from lightning_dp.gradients.parts import Part, Rows
 from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
-from lightning_dp.gradients.standardised import StandardisedRows
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.rows import entries_at_once
-from lightning_dp.networks.standardised import made_from
 
 # What the sums in double precision over a release may be off by, and how much may cancel before norms are raised.
 _SUM_MARGIN: Final = 1e-5
@@ -191,12 +189,6 @@ def _by_parameter(found: list[tuple[Tensor, Part]], parameters: list[nn.Paramete
             parts[position[id(weight)]].append(part)
             continue
         rows = part if isinstance(part, Rows) else Rows(part.rows())
-        source = made_from(weight)
-        if source is not None and id(source.weight) in position and id(source.gain) in position:
-            through = StandardisedRows(rows, source)
-            parts[position[id(source.weight)]].append(through)
-            parts[position[id(source.gain)]].append(through.gain_rows())
-            continue
         for index, carried in _carried_back(weight, rows, parameters):
             parts[index].append(carried)
     return parts

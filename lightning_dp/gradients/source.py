@@ -17,6 +17,8 @@ GradientMode = Literal["auto", "ghost", "materialize", "functorch"]
 _CPU_BUDGET: Final = 128_000_000
 _BUDGET_PER_PARAMETER: Final = 32  # what a chunk costs whatever its size grows with the parameters
 _CUDA_FREE_FRACTION: Final = 0.25
+_FEW_RECORDS: Final = 32  # fewer in a chunk pay too often for what a chunk costs: half a step of a wide ResNet at 8
+_FEW_BUDGET: Final = 1_000_000_000
 _MOST_RECORDS: Final = 512
 _FUNCTORCH_RECORDS: Final = 64
 
@@ -88,7 +90,8 @@ class GradientSource:
                 self._fall_back(str(problem))
             else:
                 memory = _memory(one[0].device, sum(p.numel() for p in network.parameters() if p.requires_grad))
-                return max(1, min(_MOST_RECORDS, memory // max(1, found.num_bytes)))
+                size = max(1, found.num_bytes)
+                return max(1, min(_MOST_RECORDS, max(memory // size, min(_FEW_RECORDS, _FEW_BUDGET // size))))
         return _FUNCTORCH_RECORDS
 
     def _overheard(

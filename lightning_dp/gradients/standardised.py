@@ -1,13 +1,13 @@
 """Per-record gradients through a standardised weight in closed form, without a row of the weight that is trained.
 
-Symbols: W one output's weight, of m entries, c = W - mean(W), s = sqrt(max(|c|^2, min)), gain g, and G a record's
-gradient with respect to g c / s. With a the mean of G and b = <c, G>, the gradients are
+Symbols: W one output's weight, of m entries, c = W - mean(W), s = sqrt(max(|c|^2, min)), h = c / s, gain g, and G a
+record's gradient with respect to g h. With a the mean of G and b = <h, G>, the gradients are
 
-    of W:  (g / s) (G - a - is_free b c / s^2),  is_free where |c|^2 is not below the minimum,
-    of g:  b / s.
+    of W:  (g / s) (G - a - f b h),  f = 1 where |c|^2 is not below the minimum, else 0,
+    of g:  b.
 
 The first is one linear map for all records. Their weighted sum is taken of G and mapped once; their norms follow from
-|G|, a and b: g^2 / s^2 (|G|^2 - m a^2 - is_free b^2 / s^2).
+|G|, m a and b:  g^2 / s^2 (|G|^2 - m a^2 - f b^2 (2 - |h|^2) + 2 f a b <h, 1>), for any h, so for the rounded one too.
 """
 
 from functools import cached_property
@@ -16,89 +16,111 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lightning_dp.gradients.parts import Part, Rows
-from lightning_dp.mechanisms.rows import entries_at_once
+from lightning_dp.gradients.parts import Order, Part, Rows
 from lightning_dp.networks.standardised import MIN_SQUARES, StandardisedFrom
 
-_CACHED_ENTRIES: Final = 2**16
+# Squares of |G|, m a and b in the gradients' own precision are off by so many (m + 4) u |G|^2 together, at most.
+_ROUNDING: Final = 10
+
+
+class Standardisation:
+    """The map of one weight, and what its gradients' norms follow from, taken while they are in the cache.
+
+    Args:
+        source: What the standardised weight was made of.
+        num_records: How many gradients will come.
+        order: How their entries lie; None where they lie as in the weight.
+    """
+
+    def __init__(self, source: StandardisedFrom, num_records: int, order: Order | None = None) -> None:
+        centred, squares = source.centred.unsqueeze(0), source.squares.flatten()
+        laid = (centred.flatten(2) if order is None else order.laid(centred)).squeeze(0)
+        inverse = squares.clamp(min=MIN_SQUARES).rsqrt()
+        self._unit = laid * inverse.unsqueeze(1)  # h, (outputs, m)
+        self._is_free = (squares >= MIN_SQUARES).to(torch.float64)
+        self.scale = source.gain.detach().flatten().to(torch.float64) * inverse
+        self._lengths, self._totals, self.gains = self._unit.new_empty(3, num_records, len(squares))
+
+    def measure(self, lines: Tensor, few: slice) -> None:
+        """Take the norm, the sum, and the product with h of gradients.
+
+        Args:
+            lines: G of a few records, (k, outputs, m).
+            few: Which of all records they are.
+        """
+        torch.linalg.vector_norm(lines, dim=2, out=self._lengths[few])
+        torch.sum(lines, dim=2, out=self._totals[few])
+        torch.linalg.vecdot(lines, self._unit, out=self.gains[few])
+
+    def map(self, lines: Tensor) -> Tensor:
+        """Return gradients of W, (n, outputs, m), from float64 ones of what it became, which are overwritten."""
+        unit = self._unit.to(torch.float64)
+        along = torch.linalg.vecdot(lines, unit) * self._is_free
+        lines -= lines.mean(2, keepdim=True)
+        return lines.addcmul_(along[:, :, None], unit, value=-1.0).mul_(self.scale[:, None])
+
+    def squared_norms(self) -> Tensor:
+        """Return those of the gradients of W, (n,), float64, as computed."""
+        totals, along = (found.to(torch.float64) for found in (self._totals, self.gains))
+        mean = totals / self._unit.shape[1]
+        off_centre = self._unit.sum(1).to(torch.float64)
+        twice = 2 - torch.linalg.vector_norm(self._unit, dim=1).to(torch.float64).square()
+        lost = totals * mean + self._is_free * along * (along * twice - 2 * mean * off_centre)
+        return ((self._squares - lost).clamp(min=0) * self.scale.square()).sum(1)
+
+    def squared_masses(self) -> Tensor:
+        """Return squares of what norms would be if nothing cancelled, (n,), float64."""
+        # |G| + |a| sqrt(m) + |b| |h| is at most three times |G|, but for rounding.
+        return 9.1 * (self._squares * self.scale.square()).sum(1)
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        lengths, m = self._lengths, self._unit.shape[1]
+        return lengths.to(torch.float64).square() + m * torch.finfo(lengths.dtype).tiny
 
 
 class StandardisedRows(Part):
-    """Gradients of W, from rows G.
+    """Gradients of W.
 
     Args:
         rows: G.
-        source: Weight and gain.
+        through: The map, which has measured them.
     """
 
-    def __init__(self, rows: Rows, source: StandardisedFrom) -> None:
-        self._rows, self._source = rows, source
-        self.lines = rows.laid(len(source.weight))  # (n, outputs, m)
-        weight = source.weight.detach().unsqueeze(0)
-        laid = weight.flatten(2) if rows.order is None else rows.order.laid(weight)
-        self._centred = laid.squeeze(0).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-        self._centred -= self._centred.mean(1, keepdim=True)  # (outputs, m)
-        squares = torch.linalg.vector_norm(self._centred, dim=1).square()
-        self._squares = squares.clamp(min=MIN_SQUARES)
-        self._free_share = (squares >= MIN_SQUARES) / self._squares
-        self._scale = source.gain.detach().to(torch.float64).flatten() / self._squares.sqrt()
-
-    @cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """|G|^2, m a and b, (n, outputs) each, in double precision, whatever products the machine would round."""
-        num, outputs, m = self.lines.shape
-        found = self._centred.new_empty(3, num, outputs)
-        ones, few = self._centred.new_ones(m), max(1, entries_at_once(_CACHED_ENTRIES, self._centred.device) // m)
-        for record in range(num):
-            for start in range(0, outputs, few):
-                part = slice(start, start + few)
-                lines = self.lines[record, part].to(torch.float64)
-                found[0, record, part] = torch.linalg.vector_norm(lines, dim=1)
-                torch.mv(lines, ones, out=found[1, record, part])
-                torch.linalg.vecdot(lines, self._centred[part], out=found[2, record, part])
-        found[0].square_()
-        return found[0], found[1], found[2]
-
-    def gain_rows(self) -> Rows:
-        """Return the gradients of the gain."""
-        return Rows((self._statistics[2] / self._squares.sqrt()).to(self.lines.dtype))
+    def __init__(self, rows: Rows, through: Standardisation) -> None:
+        self._rows, self.through = rows, through
 
     def rows(self) -> Tensor:  # noqa: D102
-        mapped = self._mapped(self.lines.to(torch.float64, copy=True)).to(self.lines.dtype).flatten(1)
-        return mapped if self._rows.order is None else self._rows.order.restored(mapped)
+        lines = self._rows.lines
+        mapped = torch.cat([self.through.map(one.to(torch.float64, copy=True)).to(one.dtype) for one in lines.split(1)])
+        return self._restored(mapped.flatten(1))
 
     @cached_property
     def squared_norms(self) -> Tensor:  # noqa: D102
-        squares, total, along = self._statistics
-        lost = total.square() / self.lines.shape[2] + along.square() * self._free_share
-        return ((squares - lost).clamp(min=0) * self._scale.square()).sum(1)
+        return self.through.squared_norms()
 
     @property
     def squared_bounds(self) -> Tensor:  # noqa: D102
-        return self.squared_norms + 8 * (self.lines.shape[2] + 4) * torch.finfo(torch.float64).eps * self.squared_masses
+        lines = self._rows.lines
+        rounding = _ROUNDING * (lines.shape[2] + 4) * torch.finfo(lines.dtype).eps / 2
+        return self.squared_norms + rounding * self.squared_masses / 9
 
     @cached_property
     def squared_masses(self) -> Tensor:  # noqa: D102
-        # |G| + |a| sqrt(m) + |b| |c| / s^2 is at most three times |G|.
-        return 9 * (self._statistics[0] * self._scale.square()).sum(1)
+        return self.through.squared_masses()
 
     def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
-        summed = torch.zeros_like(self._centred).unsqueeze(0)
-        Rows(self.lines).add_weighted_sum(weights, summed.view(-1))
-        mapped = self._mapped(summed).flatten(1)
-        total += (mapped if self._rows.order is None else self._rows.order.restored(mapped)).squeeze(0)
-
-    def _mapped(self, lines: Tensor) -> Tensor:
-        """Return gradients of W, (n, outputs, m), from float64 ones of what it became, which are overwritten."""
-        along = torch.linalg.vecdot(lines, self._centred) * self._free_share
-        lines -= lines.mean(2, keepdim=True)
-        return lines.addcmul_(along[:, :, None], self._centred, value=-1.0).mul_(self._scale[:, None])
+        lines = self._rows.lines
+        summed = total.new_zeros(1, *lines.shape[1:])
+        Rows(lines).add_weighted_sum(weights, summed.view(-1))
+        total += self._restored(self.through.map(summed).flatten(1)).squeeze(0)
 
     def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
-        silent = self._rows.silence(is_silent)
-        assert isinstance(silent, Rows)
-        return StandardisedRows(silent, self._source)
+        return StandardisedRows(self._rows.silence(is_silent), self.through)
 
     @property
     def num_bytes(self) -> int:  # noqa: D102
         return self._rows.num_bytes
+
+    def _restored(self, values: Tensor) -> Tensor:
+        return values if self._rows.order is None else self._rows.order.restored(values)

@@ -16,11 +16,15 @@ class StandardisedFrom:
     Attributes:
         weight: W, (outputs, ...).
         gain: (outputs, 1, ...).
+        centred: c = W - mean(W), (outputs, ...).
+        squares: |c|^2 of each output, (outputs, 1, ...).
         version: How often the standardised weight had been written to when it was made.
     """
 
     weight: Tensor
     gain: Tensor
+    centred: Tensor
+    squares: Tensor
     version: int
 
 
@@ -33,9 +37,10 @@ def standardised(weight: Tensor, gain: Tensor) -> Tensor:
     """
     rest = tuple(range(1, weight.dim()))
     centred = weight - weight.mean(rest, keepdim=True)
-    squares = centred.square().sum(rest, keepdim=True).clamp(min=MIN_SQUARES)
-    result = centred * (torch.rsqrt(squares) * gain)
-    setattr(result, _MARK, StandardisedFrom(weight, gain, result._version))
+    squares = centred.square().sum(rest, keepdim=True)
+    result = centred * (torch.rsqrt(squares.clamp(min=MIN_SQUARES)) * gain)
+    source = StandardisedFrom(weight, gain, centred.detach(), squares.detach(), result._version)
+    setattr(result, _MARK, source)
     return result
 
 

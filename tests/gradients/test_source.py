@@ -84,6 +84,8 @@ def test_records_at_once_follow_memory_and_no_value(monkeypatch):
     assert 10 < found[0] < 500  # a record takes under a kilobyte of activations, and its few rows
     monkeypatch.setattr(module, "_CPU_BUDGET", 1)
     monkeypatch.setattr(module, "_BUDGET_PER_PARAMETER", 0)
+    assert GradientSource("auto", None).records_at_once(network(), coupling_free, RECORDS) == 32
+    monkeypatch.setattr(module, "_FEW_BUDGET", 1)
     assert GradientSource("auto", None).records_at_once(network(), coupling_free, RECORDS) == 1
     assert GradientSource("auto", 7).records_at_once(network(), coupling_free, RECORDS) == 7
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_dp.gradients import record_gradients
 from lightning_dp.gradients.parts import Order, Rows
 from lightning_dp.gradients.record_gradients import RecordGradients, overheard_gradients
-from lightning_dp.gradients.standardised import StandardisedRows
+from lightning_dp.gradients.standardised import Standardisation, StandardisedRows
 from lightning_dp.networks.standardised import made_from, standardised
 from lightning_dp.networks.wide_resnet import StandardisedConv2d
 
@@ -31,7 +31,10 @@ def through(given: Tensor, order: Order | None = None) -> tuple[StandardisedRows
     assert source is not None
     found = [torch.autograd.grad(made, (weight, gain), one, retain_graph=True) for one in given]
     laid = given if order is None else order.laid(given)
-    part = StandardisedRows(Rows(laid, order), source)
+    rows = Rows(laid if order is not None else laid.flatten(2), order)
+    over = Standardisation(source, len(given), order)
+    over.measure(rows.lines, slice(0, len(given)))
+    part = StandardisedRows(rows, over)
     return part, torch.stack([pair[0].flatten() for pair in found]), torch.stack([pair[1].flatten() for pair in found])
 
 
@@ -42,9 +45,7 @@ def test_equals_automatic_differentiation(order, dtype, rtol):
     part, wanted, wanted_gain = through(given, order)
     atol = rtol * float(wanted.abs().max())
     torch.testing.assert_close(part.rows(), wanted, rtol=rtol, atol=atol)
-    torch.testing.assert_close(
-        part.gain_rows().rows(), wanted_gain, rtol=rtol, atol=rtol * float(wanted_gain.abs().max())
-    )
+    torch.testing.assert_close(part.through.gains, wanted_gain, rtol=rtol, atol=rtol * float(wanted_gain.abs().max()))
     torch.testing.assert_close(part.squared_norms.sqrt().to(dtype), wanted.norm(dim=1), rtol=rtol, atol=0)
     shares, total = torch.linspace(0.2, 1, 5, dtype=torch.float64), torch.zeros(wanted.shape[1], dtype=torch.float64)
     part.add_weighted_sum(shares, total)
@@ -60,7 +61,7 @@ def test_what_is_summed_is_bounded_by_its_norm(dtype):
     given[1], given[2] = 1e3 + given[1], 1e3 * weight.detach().double() + given[2]
     given[3, :2], given[4] = 0, 1e-30 * given[4]
     part, _, _ = through(given.to(dtype))
-    found = RecordGradients(torch.arange(6), [[part], [part.gain_rows()]], [weight.numel(), gain.numel()])
+    found = RecordGradients(torch.arange(6), [[part], [Rows(part.through.gains)]], [weight.numel(), gain.numel()])
     for record, bound in enumerate(found.norm_bounds):
         alone = found.weighted_sum(F.one_hot(torch.tensor(record), 6).double())
         assert alone.norm() <= bound
