@@ -6,7 +6,8 @@ A step is: per-record gradients of a batch, flat clipping, one sum, Gaussian noi
 does by default, double-precision sums and noise from the operating system's secret included. `hooks` and `ghost` are
 Opacus' modes on the whole batch, `sgd` is one backward pass of the mean loss. Each method runs in processes of its own,
 with one thread, whose peak resident memory is reported; memory that is freed stays with it, as under the command line.
-Processes of the methods alternate, and the fastest step of each counts. Compare numbers of one run only: other work on the machine moves them.
+Processes of the methods alternate, and the fastest step of each counts. Compare numbers of one run only: other work on
+the machine moves them.
 """
 
 import argparse
