@@ -12,13 +12,13 @@ from lightning_dp.accounting.coverage import default_not_covered
 from lightning_dp.accounting.events import NonPrivateRelease, parse_relation, relation_name
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.accounting.plan import PLAN_CHANGED, keeps_plan, ledger_plan, plan_changes
-from lightning_dp.errors import ConfigurationError, LedgerError
+from lightning_dp.errors import LedgerError
 
 _USUAL: Final = 10.01  # a target of 10 is met from below; what is above is called weak in the field's guidelines
 
 
 def make_claim(
-    ledger_or_counts: PrivacyLedger | Counts,
+    counts: Counts,
     *,
     delta: float,
     relation: str | NeighboringRelation,
@@ -32,7 +32,7 @@ def make_claim(
     extra_warnings: Sequence[str] = (),
     planned: Counts | None = None,
 ) -> PrivacyClaim:
-    """Return what may be claimed of all releases in a ledger.
+    """Return what may be claimed of releases.
 
     The level is the worst that applies: NONPRIVATE for a release without noise, UNVERIFIED for Poisson sampling that
     was not executed or anything in `unverified`, CONDITIONAL for anything in `conditional_on`, else PROVED.
@@ -43,33 +43,24 @@ def make_claim(
     epsilon that follows a choice made in view of releases bounds nothing unless a filter was set before the first.
 
     Args:
-        ledger_or_counts: The ledger, or its counts.
+        counts: How often each (event, sampling) was released.
         delta: Delta of the statement, in (0, 1).
-        relation: The neighbouring relation; a ledger's own must agree.
-        unit: The privacy unit in words; a ledger's own must agree.
+        relation: The neighbouring relation of the events' sensitivities.
+        unit: The privacy unit in words.
         mechanism: Name of the mechanism.
-        num_records: Number of records, for the warning about delta; taken from a ledger's header where it is there.
+        num_records: Number of records, for the warning about delta.
         accountant: Which accountant, as in `compute_epsilon`.
         conditional_on: Components assumed public (a pretrained network, say).
         unverified: Steps of the proof that were not checked.
         not_covered: What the epsilon does not speak of; None takes `default_not_covered`.
         extra_warnings: Further warnings to carry.
-        planned: Counts that were fixed before the first release; None takes a ledger's own plan, and charges what was
-            released where there is none.
-
-    Returns:
-        The claim.
+        planned: Counts that were fixed before the first release; None charges what was released.
 
     Raises:
-        ConfigurationError: An invalid delta or relation, or one that contradicts the ledger.
+        ConfigurationError: An invalid delta or relation.
     """
     relation, delta = parse_relation(relation), checked_delta(delta)
-    if isinstance(ledger_or_counts, PrivacyLedger):
-        _check_agreement(ledger_or_counts, relation, unit)
-        num_records = num_records if num_records is not None else ledger_or_counts.header.get("num_records")
-        planned = ledger_plan(ledger_or_counts) if planned is None else planned
-        ledger_or_counts = ledger_or_counts.counts()
-    counts = {key: count for key, count in ledger_or_counts.items() if count != 0}
+    counts = {key: count for key, count in counts.items() if count != 0}
     executed, assumed_of = (_sampler(counts, executed=executed) for executed in (True, False))
     assumed = [*unverified, *assumed_of, *([] if keeps_plan(counts, planned) else [PLAN_CHANGED])]
     level = _level(counts, assumed, conditional_on)
@@ -157,16 +148,18 @@ def claim_from_ledger(ledger: PrivacyLedger, *, delta: float | None = None) -> P
             f"{sorted(header)}."
         ) from None
     return make_claim(
-        ledger,
+        ledger.counts(),
         delta=own_delta if delta is None else delta,
         relation=ledger.relation,
         unit=ledger.unit,
         mechanism=mechanism,
+        num_records=header.get("num_records"),
         accountant=header.get("accountant", "auto"),
         conditional_on=tuple(header.get("conditional_on", ())),
         unverified=tuple(header.get("unverified", ())),
         extra_warnings=tuple(header.get("warnings", ())),
         not_covered=header.get("not_covered"),
+        planned=ledger_plan(ledger),
     )
 
 
@@ -209,15 +202,6 @@ def spent_epsilon(ledger: PrivacyLedger, *, accountant: Accountant = "auto") -> 
     return compute_epsilon(
         counts, delta=delta, relation=ledger.relation, accountant=accountant, is_rough=is_rough
     ).epsilon
-
-
-def _check_agreement(ledger: PrivacyLedger, relation: NeighboringRelation, unit: str) -> None:
-    """Refuse to speak of a relation or a unit for which the ledger's sensitivities were not computed."""
-    if relation is not ledger.relation or unit != ledger.unit:
-        raise ConfigurationError(
-            f"Expected the ledger's own relation={relation_name(ledger.relation)} and unit={ledger.unit!r}, "
-            f"got relation={relation_name(relation)}, unit={unit!r}. Sensitivities hold for the ledger's only."
-        )
 
 
 def _level(counts: Counts, assumed: Sequence[str], conditional_on: Sequence[str]) -> ClaimLevel:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightning_dp.accounting.accountants import compute_epsilon
 from lightning_dp.accounting.budget_state import NOT_COVERED as OF_A_BUDGET
 from lightning_dp.accounting.claim import ClaimLevel, PrivacyClaim
-from lightning_dp.accounting.claiming import make_claim
+from lightning_dp.accounting.claiming import claim_from_ledger, make_claim
 from lightning_dp.accounting.coverage import DEFAULT_NOT_COVERED, default_not_covered, selection_not_covered
 from lightning_dp.accounting.events import (
     GaussianRelease,
@@ -165,16 +165,13 @@ def test_delta_above_one_over_n_is_a_warning(num_records, warned):
 
 
 def test_claim_of_a_ledger():
-    header = {"relation": "replace_one", "unit": "record", "num_records": 10**6}
-    ledger = PrivacyLedger(header, None)
+    facts = {"relation": "replace_one", "unit": "user", "mechanism": "TopAgg", "target_delta": 1e-5}
+    ledger = PrivacyLedger({**facts, "num_records": 10**6}, None)
     for _ in range(86):
         ledger.append(STEP, FULL)
-    claim = claim_of(ledger, num_records=None)
-    assert claim.epsilon == claim_of().epsilon
+    claim = claim_from_ledger(ledger)
+    assert (claim.epsilon, claim.relation, claim.unit) == (claim_of().epsilon, "replace_one", "user")
     assert any("num_records=1000000" in warning for warning in claim.warnings)
-    for wrong in ({"relation": "add_or_remove_one"}, {"unit": "user"}):
-        with pytest.raises(ConfigurationError, match="ledger's own relation"):
-            claim_of(ledger, **wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"delta": 0.0}, {"delta": math.nan}, {"relation": "swap"}, {"accountant": "gdp"}])
@@ -306,10 +303,10 @@ class TestPlans:
         from lightning_dp.accounting.claiming import ledger_level, spent_epsilon
         from lightning_dp.accounting.plan import claimed_counts, plan_header
 
-        facts = {"relation": "replace_one", "unit": "record", "target_delta": 1e-5}
+        facts = {"relation": "replace_one", "unit": "record", "mechanism": "TopAgg", "target_delta": 1e-5}
         ledger = PrivacyLedger({**facts, "planned": plan_header({(STEP, FULL): 3})}, None)
         ledger.append(STEP, FULL)
-        assert claim_of(ledger, num_records=None).epsilon == claim_of({(STEP, FULL): 3}).epsilon
+        assert claim_from_ledger(ledger).epsilon == claim_of({(STEP, FULL): 3}).epsilon
         assert claimed_counts(ledger) == {(STEP, FULL): 3}
         assert spent_epsilon(ledger) == claim_of({(STEP, FULL): 1}).epsilon
         for _ in range(3):
