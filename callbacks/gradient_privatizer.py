@@ -139,7 +139,7 @@ class GradientPrivatizer(pl.Callback):
         if data is None:
             raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")
         budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
-        check_memory(pl_module, self.mechanism, trainer.strategy.root_device)
+        check_memory(pl_module, self.mechanism, trainer.strategy.root_device, processes=trainer.world_size)
         pl_module.logs_raw = self.raw_telemetry
         pl_module.planned_releases = budget.num_own
         pl_module.insecure_seed = self.accountant.privacy.insecure_seed

@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,8 @@ class Tuning:
                     if code not in (0, _INTERRUPTED) or (code == 0 and self._card(place, draws) is None):
                         draws.fail(place)
         except KeyboardInterrupt:
-            backend.interrupt()
+            with suppress(KeyboardInterrupt):  # asked twice: they were told, and end by themselves
+                backend.interrupt()
             raise KeyboardInterrupt("interrupted; the same command goes on with the same draws") from None
         if any(self._is_open(place, draws) for place in range(len(draws.cells))):
             raise ConfigurationError("A run was interrupted by somebody else; the same command goes on with it.")

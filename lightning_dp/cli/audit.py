@@ -1,6 +1,7 @@
 """``lightning-dp audit``: try to break a claim, of a mechanism, of a method, or of a finished run."""
 
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _KINDS = ("record", "teacher", "statistic", "joint")
 _COLOURS = {"consistent": "green", "inconclusive": "yellow", "violated": "bold red"}
 
+_NAME_WIDTH = 14  # letters of an audit's name in a line
 _WORDS = {
     "consistent": "nothing that was tried contradicts the claim, which is no proof of it",
     "inconclusive": "something is unlikely under the claim, or took no part; repeat with more trials",
@@ -294,22 +296,22 @@ def _spec(mechanism: "Mechanism", kind: str | None, dim: int) -> "ContributionSp
 def _finish(results: "Sequence[AuditResult]", title: str, out: str | None, *, note: str | None = None) -> int:
     """Show the results, write the report where one is wanted, and return the exit code."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from lightning_dp.auditing.pages import number, write_report
     from lightning_dp.auditing.result import Verdict, worst_verdict
+    from lightning_dp.cli.columns import whole_words
 
-    table = Table(title=Text(f"Audit: {title}"), title_justify="left", show_lines=True)
-    for name, width in (("audit", 14), ("verdict", 12), ("epsilon at least", 12), ("claimed", 8), ("measured", None)):
-        table.add_column(Text(name), overflow="fold", max_width=width)
+    rows = []
     for result in results:
         found = result.to_dict()
         bound = number(found["lower_bound"]) + (f" ({result.confidence:.0%})" if result.lower_bound is not None else "")
         verdict = Text(found["verdict"], style=_COLOURS[found["verdict"]])
-        table.add_row(Text(result.audit), verdict, bound, number(found["claimed_epsilon"]), Text(result.summary))
+        name, claimed = Text(textwrap.fill(result.audit, _NAME_WIDTH)), Text(number(found["claimed_epsilon"]))
+        rows.append([name, verdict, Text(bound), claimed, Text(result.summary)])
     console = Console()
-    console.print(table)
+    header = ("audit", "verdict", "epsilon\nat least", "claimed", "measured")
+    console.print(whole_words(header, rows, title=f"Audit: {title}", width=console.width, show_lines=True))
     if note is not None:
         console.print(Text(note, style="bold"))
     if out is not None:

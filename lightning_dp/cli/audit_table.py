@@ -11,6 +11,7 @@ import yaml
 
 from lightning_dp.cli.audit_pairs import TableOptions, TableRow, audit_pair, method_name
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.wording import counted
 
 if TYPE_CHECKING:
     from lightning_dp.auditing.method import MethodRun
@@ -94,8 +95,12 @@ def write_table(configs: Path, out: Path, *, options: TableOptions, only: str | 
     progress = _Progress(out, options)
     if progress.rows:
         _logger.info(f"{len(progress.rows)} rows were measured before an interruption ({progress.path}).")
-    for row in _rows(configs, options=options, only=only, done=progress.keys):
-        progress.add(row)
+    try:
+        for row in _rows(configs, options=options, only=only, done=progress.keys):
+            progress.add(row)
+    except KeyboardInterrupt:
+        there = f"{counted(len(progress.rows), 'row')} kept in {progress.path}"
+        raise KeyboardInterrupt(f"interrupted, {there}; the same command goes on from there") from None
     kept = _known_rows(inside) if only is not None else {}
     kept |= {row.cells[:3]: row.cells for row in progress.rows}
     table = _table_text(kept.values(), options)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_dp.accounting.claim import PrivacyClaim
 
 
+_SIGNS_OF_A_RUN = ("ledger.jsonl", "config.yaml", "release", "generator.json", "classifier.json")
 _GIVE_A_RUN = "Give the folder of a run (the one that fit printed, with ledger.jsonl in it)."
 
 
@@ -59,14 +60,21 @@ def sample(arguments: list[str]) -> int:
     )
     parser.add_argument("run", type=str, help="Run folder, or a copy of its release folder.")
     parser.add_argument("--num", type=int, default=10_000, help="Number of images, labels in equal shares.")
-    parser.add_argument("--out", type=str | None, default=None, help="File to write (default: RUN/samples.npz).")
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="File to write (default: RUN/samples.npz; here, for a release folder).",
+    )
     parser.add_argument("--seed", type=int | None, default=None, help="Makes the samples reproducible.")
     options: Any = parse(parser, arguments)
     if options.num < 1:
         raise ConfigurationError(f"Expected --num >= 1, got {options.num}.")
     generator, claim = load_generator(Path(options.run))
     images, labels = generator.sample(options.num, seed=options.seed)
-    out = Path(options.out) if options.out else Path(options.run) / "samples.npz"
+    run = Path(options.run)
+    # Whoever publishes a release folder publishes all that lies in it, so samples go elsewhere.
+    out = Path(options.out) if options.out else (Path() if (run / "generator.json").exists() else run) / "samples.npz"
     if out.suffix != ".npz":
         raise ConfigurationError(f"Expected --out to end in .npz, got {out}.")
     pixels = (images * 255).round().clamp(0, 255).to(dtype=__import__("torch").uint8).numpy()
@@ -100,6 +108,11 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="Seed of the samples.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     run = Path(str(parse(parser, arguments).run))  # type: ignore[attr-defined]
+    if run.exists() and not any((run / name).exists() for name in _SIGNS_OF_A_RUN):
+        raise ConfigurationError(
+            f"Expected a run folder, got {run}. For samples (an .npz file, or a folder per class), name the data whose "
+            "test split they are held to: --data NAME."
+        )
     generator, _ = load_generator(run)
     config = _config_of(run)
     parser.set_defaults({"evaluation": config["evaluation"]})

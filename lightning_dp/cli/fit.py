@@ -38,7 +38,7 @@ from lightning_dp.evaluation.report import RunCard
 from lightning_dp.gradients.free_memory import no_more_than_free
 from lightning_dp.mechanisms.base import Mechanism
 from lightning_dp.modules.base import PrivateModule
-from lightning_dp.modules.step_memory import check_memory
+from lightning_dp.modules.step_memory import check_judging_memory, check_memory
 from lightning_dp.modules.warm_start import WarmStart
 from lightning_dp.networks.generator import Generator
 
@@ -184,7 +184,9 @@ class FitCLI(LightningCLI):
             )
         trainer = super().instantiate_trainer(**given, **kwargs)
         privatizer.check_trainer(trainer)
-        check_memory(self.model, options.mechanism, trainer.strategy.root_device)
+        check_memory(self.model, options.mechanism, trainer.strategy.root_device, processes=trainer.world_size)
+        if options.evaluate and self.model.makes_images:
+            check_judging_memory(self.datamodule.image_shape, options.evaluation.num_samples)
         if trainer.is_global_zero:
             make_run_dir(self.run_dir)
             (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))

@@ -35,7 +35,10 @@ def evaluate_files(arguments: list[str]) -> int:
 
     roots: dict[str, type] = {"data": ImageDataModule}
     parser = ArgumentParser(
-        prog="lightning-dp evaluate", exit_on_error=False, allow_abbrev=False, description=evaluate_files.__doc__
+        prog="lightning-dp evaluate",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=(evaluate_files.__doc__ or "").partition("\n")[0],
     )
     parser.add_argument("samples", type=str, help="An .npz file with images and labels, or a folder per class.")
     parser.add_subclass_arguments(ImageDataModule, "data", required=True, help="Whose test split they are held to.")

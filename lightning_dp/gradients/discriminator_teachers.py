@@ -187,6 +187,14 @@ class DiscriminatorTeachers(TeacherEnsemble):
             preferred=CPU_CHUNKS[self.network_name, self.chosen_backend],
         )
 
+    def state_bytes(self, sample_shape: tuple[int, ...], *, num_classes: int, device: torch.device) -> int:  # noqa: D102
+        if self.state_dir is not None or (device.type != "cpu" and self.state != "device"):
+            return 0  # in files, or where they fit
+        with torch.device("meta"):
+            network = NETWORKS[self.network_name](sample_shape, num_classes)
+        # Parameters, and Adam's two moments of each.
+        return 3 * self.num_teachers * sum(p.numel() * p.element_size() for p in network.parameters())
+
     def _check_batch_statistics(self, least: int, num_records: int) -> None:
         """Refuse networks with batch statistics for teachers of too few records, and for Wasserstein critics."""
         if self._batch < least:

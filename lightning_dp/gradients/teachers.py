@@ -241,6 +241,16 @@ class TeacherEnsemble(ABC):
         """
         return 3 * 4 * num_images * vector_dim
 
+    def state_bytes(self, sample_shape: tuple[int, ...], *, num_classes: int, device: torch.device) -> int:
+        """Return the memory that the state of all teachers takes where they work, for as long as a run goes on.
+
+        Args:
+            sample_shape: Shape of what a teacher judges.
+            num_classes: Number of labels.
+            device: Where they work.
+        """
+        return 0
+
     @abstractmethod
     def bind(
         self,

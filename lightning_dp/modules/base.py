@@ -152,6 +152,14 @@ class PrivateModule(pl.LightningModule, ABC):
         """Return the memory that one step takes at least, by the setting that decides it; from public facts alone."""
         return {}
 
+    def kept_bytes(self, device: torch.device) -> dict[str, int]:
+        """Return the memory of what all processes together keep from step to step, as `step_bytes` does.
+
+        Args:
+            device: Where the method works.
+        """
+        return {}
+
     @property
     def conditional_on(self) -> tuple[str, ...]:
         """What the claim rests on without a bound, in words; any makes it CONDITIONAL, without an epsilon."""

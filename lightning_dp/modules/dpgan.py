@@ -115,7 +115,8 @@ class DPGAN(RecordModule):
 
     @override
     def step_bytes(self) -> dict[str, int]:
-        return {f"model.fakes_per_step={self.num_fakes}": generated_bytes(self.generator, self.num_fakes)}
+        fakes = {f"model.fakes_per_step={self.num_fakes}": generated_bytes(self.generator, self.num_fakes)}
+        return {**super().step_bytes(), **fakes}
 
     @override
     def contribution_spec(self) -> ContributionSpec:

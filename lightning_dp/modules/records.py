@@ -1,6 +1,7 @@
 """What every method shares that sees Poisson-sampled records: sampler, rate, public randomness."""
 
 import hashlib
+import math
 import secrets
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.averaged import AveragedModule
 from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.public_facts import PublicFacts
+from lightning_dp.modules.step_memory import record_bytes
 
 _MIX = 0x9E3779B97F4A7C15  # spreads consecutive step numbers over the seeds of keyed draws
 
@@ -148,6 +150,14 @@ class RecordModule(PoissonModule):
         if chunk_size is not None:
             check_positive(chunk_size=chunk_size)
         self.source = GradientSource(gradients, chunk_size)
+
+    @override
+    def step_bytes(self) -> dict[str, int]:
+        """Count the records of a chunk that was asked for, as images; one that is found fits what memory there is."""
+        if (few := self.source.at_once) is None:
+            return {}
+        few = min(few, math.floor(self.expected_batch_size))
+        return {f"model.chunk_size={few}": few * record_bytes(self.facts.image_shape)}
 
     def record_spec(self, network: nn.Module) -> ContributionSpec:
         """Describe rows that are per-record gradients of `network`.

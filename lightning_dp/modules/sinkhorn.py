@@ -20,7 +20,7 @@ from lightning_dp.losses.transport_cost import PointCloud, TransportCost
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.options import check_positive
 from lightning_dp.modules.release import PublicRows, Released
-from lightning_dp.modules.step_memory import generated_bytes
+from lightning_dp.modules.step_memory import generated_bytes, record_bytes
 from lightning_dp.modules.transport import TransportModule
 from lightning_dp.networks.basis import PublicBasis
 from lightning_dp.networks.generator import Generator
@@ -128,7 +128,11 @@ class DPSinkhorn(TransportModule):
     def step_bytes(self) -> dict[str, int]:
         num = self.images_per_step
         costs = 2 * 8 * num * int(self.debias_ratio * num)
-        return {f"model.images_per_step={num}": generated_bytes(self.generator, num) + costs}
+        batch = self.padded_batch_size * (record_bytes(self.generator.image_shape) + 8 * num)  # and what each costs
+        return {
+            f"model.images_per_step={num}": generated_bytes(self.generator, num) + costs,
+            f"model.expected_batch_size={self.expected_batch_size:g}": batch,
+        }
 
     @override
     def contribution_spec(self) -> ContributionSpec:

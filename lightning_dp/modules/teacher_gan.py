@@ -184,6 +184,12 @@ class TeacherEnsembleGAN(AveragedModule):
             needs[f"model.pool_per_class={self.pool_per_class}"] = pushes
         return needs
 
+    @override
+    def kept_bytes(self, device: torch.device) -> dict[str, int]:
+        shape = self.generator.image_shape if self.basis is None else (self.basis.dim,)
+        kept = self.teachers.state_bytes(shape, num_classes=self.generator.num_classes, device=device)
+        return {f"model.teachers.num_teachers={self.teachers.num_teachers}": kept}
+
     @property
     def vector_dim(self) -> int:
         """Length of the vector that teachers judge for one image."""

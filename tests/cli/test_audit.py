@@ -229,6 +229,17 @@ class TestTable:
         assert _Progress(out, TableOptions(calls=17, draws=1000, confidence=0.95, delta=1e-5)).rows == []
 
     @pytest.mark.filterwarnings("ignore")  # of libraries, which the command line keeps quiet
+    def test_who_interrupts_it_is_told_what_is_kept(self, cli, tmp_path, monkeypatch):
+        def rows(*_, **__):
+            yield row("one")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(audit_table, "_rows", rows)
+        outcome = cli("audit", "--table", "--configs", tmp_path, "--out", tmp_path / "page.md")
+        assert outcome.code == 130
+        assert "1 row kept in" in outcome.err
+        assert "page.partial.jsonl; the same command goes on from there" in outcome.err
+
     def test_every_pair_that_runs_has_a_row(self, monkeypatch):
         """A new method or mechanism has to be audited; the table has no row of a pair that is gone."""
         monkeypatch.setattr("sys.argv", ["lightning-dp"])

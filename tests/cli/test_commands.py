@@ -248,3 +248,5 @@ def test_samples_of_another_program_are_judged_under_the_same_protocol(cli, tmp_
     assert judged["accuracy"]["logistic"] > 0.4
     np.savez(tmp_path / "theirs.npz", images=images[:, 0], labels=labels + 1)
     assert "labels 0..9" in cli("evaluate", tmp_path / "theirs.npz", *flags).error()
+    for place in (tmp_path / "theirs.npz", tmp_path):
+        assert "name the data whose test split they are held to: --data NAME" in cli("evaluate", place).error()

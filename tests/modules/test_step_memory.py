@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.discriminator_teachers import DiscriminatorTeachers
 from lightning_dp.gradients.energy_teachers import EnergyTeachers
 from lightning_dp.modules import step_memory
-from lightning_dp.modules.step_memory import check_memory, generated_bytes
+from lightning_dp.modules.dpsgd import DPSGDClassifier
+from lightning_dp.modules.step_memory import check_judging_memory, check_memory, generated_bytes
+from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.dcgan import DCGANGenerator
-from lightning_dp.networks.small import MLPGenerator
+from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator
+from lightning_dp.networks.scattering import ScatteringClassifier
 from tests.modules.test_release_seam import TinyData, callbacks_for, tiny_gan, trainer_for
 
 
@@ -59,3 +63,48 @@ def test_what_is_not_known_refuses_nothing(tmp_path, monkeypatch):
     module, (privatizer, _) = tiny_gan(), callbacks_for()
     module.describe_data(TinyData())
     check_memory(module, privatizer.mechanism, torch.device("cpu"))
+
+
+class TestWhatElseIsCounted:
+    def test_teachers_keep_parameters_and_two_moments(self):
+        teachers = DiscriminatorTeachers("mlp", num_teachers=7)
+        (device, cuda), sizes = (torch.device("cpu"), torch.device("cuda")), {"num_classes": 10}
+        parameters = sum(p.numel() for p in MLPDiscriminator((1, 8, 8), 10).parameters())
+        assert teachers.state_bytes((1, 8, 8), **sizes, device=device) == 3 * 4 * 7 * parameters
+        assert teachers.state_bytes((1, 8, 8), **sizes, device=cuda) == 0  # auto: in memory of the host if need be
+        in_files = DiscriminatorTeachers("mlp", num_teachers=7, state_dir="somewhere")
+        assert in_files.state_bytes((1, 8, 8), **sizes, device=device) == 0
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_processes_share_the_teachers(self, monkeypatch, processes):
+        generator = MLPGenerator((1, 8, 8), num_classes=2)
+        module = TeacherEnsembleGAN(generator, DiscriminatorTeachers("mlp", num_teachers=20), images_per_step=4)
+        module.describe_data(TinyData())
+        device = torch.device("cpu")
+        kept = sum(module.kept_bytes(device).values())
+        assert kept > 4 * sum(module.step_bytes().values())
+        monkeypatch.setattr(step_memory, "free_memory", lambda device: 3 * kept // 4)
+        mechanism = callbacks_for()[0].mechanism
+        if processes == 1:
+            with pytest.raises(ConfigurationError, match=r"for model\.teachers\.num_teachers=20\. Lower that"):
+                check_memory(module, mechanism, device)
+        else:
+            check_memory(module, mechanism, device, processes=processes)
+
+    def test_records_of_a_chunk_that_was_asked_for(self):
+        network = ScatteringClassifier((1, 8, 8), num_classes=2)
+        module = DPSGDClassifier(network, expected_batch_size=20, chunk_size=500)
+        module.describe_data(TinyData())
+        assert module.step_bytes() == {"model.chunk_size=20": 20 * 5 * 64}  # no more than a batch
+        small = DPSGDClassifier(network, expected_batch_size=20, chunk_size=3)
+        small.describe_data(TinyData())
+        assert small.step_bytes() == {"model.chunk_size=3": 3 * 5 * 64}
+        fitted = DPSGDClassifier(network, expected_batch_size=20)
+        fitted.describe_data(TinyData())
+        assert fitted.step_bytes() == {}
+
+    def test_judging_is_refused_before_the_budget_is_spent(self, monkeypatch):
+        monkeypatch.setattr(step_memory, "free_memory", lambda device: 8 * 64 * 1000)
+        check_judging_memory((1, 8, 8), 1000)
+        with pytest.raises(ConfigurationError, match=r"judging of samples to fit .* for evaluation\.num_samples=1001"):
+            check_judging_memory((1, 8, 8), 1001)
