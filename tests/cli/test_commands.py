@@ -117,6 +117,13 @@ class TestSample:
         assert cli("sample", run_copy, "--num", "3").code == 0
         assert (run_copy / "samples.npz").exists()
 
+    def test_not_into_a_release_folder_which_is_published_whole(self, cli, run_copy, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        before = sorted((run_copy / "release").iterdir())
+        assert cli("sample", run_copy / "release", "--num", "3").code == 0
+        assert (tmp_path / "samples.npz").exists()
+        assert sorted((run_copy / "release").iterdir()) == before
+
     @pytest.mark.parametrize("name", ["images.png", "nowhere/s.npz"])
     def test_an_output_that_cannot_be(self, cli, finished_run, tmp_path, name):
         line = cli("sample", finished_run, "--num", "3", "--out", tmp_path / name).error()
