@@ -11,8 +11,8 @@ from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.step_memory import check_judging_memory, check_memory, generated_bytes
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.networks.dcgan import DCGANGenerator
-from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator
 from lightning_dp.networks.scattering import ScatteringClassifier
+from lightning_dp.networks.small import MLPDiscriminator, MLPGenerator
 from tests.modules.test_release_seam import TinyData, callbacks_for, tiny_gan, trainer_for
 
 
