@@ -19,8 +19,9 @@ from torch import Tensor
 from lightning_dp.gradients.parts import Order, Part, Rows
 from lightning_dp.networks.standardised import MIN_SQUARES, StandardisedFrom
 
-# Squares of |G|, m a and b in the gradients' own precision are off by so many (m + 4) u |G|^2 together, at most.
-_ROUNDING: Final = 10
+# In the gradients' own precision and any order of adding, |G|^2 is off by at most (m + 4) u |G|^2, m a^2 and b^2 by two
+# of them each, |h|^2 by one, and the last term by two, and four more for as far as h is off its centre.
+_ROUNDING: Final = 12
 
 
 class Standardisation:
@@ -50,7 +51,7 @@ class Standardisation:
         """
         torch.linalg.vector_norm(lines, dim=2, out=self._lengths[few])
         torch.sum(lines, dim=2, out=self._totals[few])
-        torch.linalg.vecdot(lines, self._unit, out=self.gains[few])
+        torch.sum(lines * self._unit, dim=2, out=self.gains[few])  # no matrix product: a GPU may round its factors
 
     def map(self, lines: Tensor) -> Tensor:
         """Return gradients of W, (n, outputs, m), from float64 ones of what it became, which are overwritten."""

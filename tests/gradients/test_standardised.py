@@ -69,6 +69,21 @@ def test_what_is_summed_is_bounded_by_its_norm(dtype):
         assert bound <= max(1.01 * float(alone.norm()), loose, 1e-15)
 
 
+def test_rounding_of_norms_is_counted():
+    """The broken twin: norms as computed in single precision, below the truth for about half of the records."""
+    weight, _ = weights(torch.float32)
+    stream = torch.Generator().manual_seed(4)
+    centred = weight.detach() - weight.detach().mean((1, 2, 3), keepdim=True)
+    given = torch.randn(50, 3, 4, 3, 3, generator=stream) + 10 * F.normalize(centred.flatten(1)).view_as(centred)
+    part, _, _ = through(given)
+    totals = [torch.zeros(weight.numel(), dtype=torch.float64) for _ in given]
+    for record, total in enumerate(totals):
+        part.add_weighted_sum(F.one_hot(torch.tensor(record), len(given)).double(), total)
+    exact = torch.stack(totals).norm(dim=1)
+    assert (part.squared_norms.sqrt() < exact).sum() > 5
+    assert (part.squared_bounds.sqrt() >= exact).all()
+
+
 def test_norms_of_what_the_weight_became_would_not_do():
     """The broken twin: the gain multiplies gradients, so a norm taken before the map is too small for gain 2."""
     given = torch.zeros(1, 3, 4, 3, 3, dtype=torch.float64)
