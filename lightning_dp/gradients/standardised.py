@@ -49,9 +49,15 @@ class Standardisation:
             lines: G of a few records, (k, outputs, m).
             few: Which of all records they are.
         """
+        lines = lines.to(self._unit.dtype)  # under autocast they have fewer bits: exact copies
         torch.linalg.vector_norm(lines, dim=2, out=self._lengths[few])
         torch.sum(lines, dim=2, out=self._totals[few])
         torch.sum(lines * self._unit, dim=2, out=self.gains[few])  # no matrix product: a GPU may round its factors
+
+    @property
+    def unit_roundoff(self) -> float:
+        """That of the precision in which gradients are measured."""
+        return torch.finfo(self._unit.dtype).eps / 2
 
     def map(self, lines: Tensor) -> Tensor:
         """Return gradients of W, (n, outputs, m), from float64 ones of what it became, which are overwritten."""
@@ -102,8 +108,7 @@ class StandardisedRows(Part):
 
     @property
     def squared_bounds(self) -> Tensor:  # noqa: D102
-        lines = self._rows.lines
-        rounding = _ROUNDING * (lines.shape[2] + 4) * torch.finfo(lines.dtype).eps / 2
+        rounding = _ROUNDING * (self._rows.lines.shape[2] + 4) * self.through.unit_roundoff
         return self.squared_norms + rounding * self.squared_masses / 9
 
     @cached_property

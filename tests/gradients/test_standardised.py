@@ -135,6 +135,23 @@ def test_networks_equal_single_backward_passes(run, frozen):
     torch.testing.assert_close(found.norms, wanted.norm(dim=1), rtol=1e-9, atol=1e-9)
 
 
+def test_gradients_of_fewer_bits_are_measured_in_those_of_the_weight():
+    """Under autocast: as they are, their norms would be known to a few percent, and no run would begin."""
+    torch.manual_seed(0)
+    net, maps = Net(lambda conv, maps: conv(maps)), torch.randn(4, 1, 6, 6)
+
+    def loss(net: nn.Module, one: Tensor) -> Tensor:
+        return net(one).float().square().sum()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = overheard_gradients(net, loss, (maps,), ids=torch.arange(4), as_rows=False)
+    found = overheard_gradients(net, loss, (maps,), ids=torch.arange(4), as_rows=False)
+    torch.testing.assert_close(low.norms, found.norms, rtol=0.05, atol=0)
+    for record, bound in enumerate(low.norm_bounds):
+        alone = low.weighted_sum(F.one_hot(torch.tensor(record), 4).double()).norm()
+        assert alone <= bound <= 1.02 * alone
+
+
 def test_the_closed_form_is_what_networks_use(monkeypatch):
     def fail(*args):
         raise AssertionError("carried back row by row")
