@@ -110,8 +110,8 @@ def evaluate(arguments: list[str]) -> int:
     run = Path(str(parse(parser, arguments).run))  # type: ignore[attr-defined]
     if run.exists() and not any((run / name).exists() for name in _SIGNS_OF_A_RUN):
         raise ConfigurationError(
-            f"Expected a run folder, got {run}. For samples (an .npz file, or a folder per class), name the data whose "
-            "test split they are held to: --data NAME."
+            f"Expected a run folder, got {str(run)!r}. For samples (an .npz file, or a folder per class), name the "
+            "data whose test split they are held to: --data NAME."
         )
     generator, _ = load_generator(run)
     config = _config_of(run)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from lightning_dp.cli.messages import subclass_names
 from lightning_dp.cli.parsing import parse
 from lightning_dp.errors import ConfigurationError, DataError
 
@@ -81,7 +82,6 @@ def all_pairs(folder: Path) -> "list[Pair]":
     """
     from lightning_dp.benchmark.matrix import judge_pair
     from lightning_dp.cli import plugins  # noqa: F401  (names in configurations)
-    from lightning_dp.cli.messages import subclass_names
     from lightning_dp.cli.planning import plan_cli
     from lightning_dp.mechanisms.base import Mechanism
 

@@ -50,7 +50,10 @@ MISTAKES = {
         ["--mechanism", "EnergyTeachers"],
         ["choose from", "Gaussian", "NoPrivacy", "TopAgg"],
     ),
-    "warm start": (["--warm_start", "moment"], ["from moments, semi_dual, MomentsWarmStart", "Did you mean moments?"]),
+    "warm start": (
+        ["--warm_start", "moment"],
+        ["from moments, semi_dual, ", "MomentsWarmStart", "Did you mean moments?"],
+    ),
     "mechanism with an option without a type": (
         ["--mechanism", f"{__name__}.Untyped"],
         ["Untyped cannot be used as --mechanism yet: give its option 'limit' a type hint"],
@@ -307,7 +310,7 @@ COMMANDS = {
     "sample none": (["sample", ".", "--num", "0"], ["--num >= 1"]),
     "sample some": (["sample", ".", "--num", "some"], ["num", "whole number", "got some"]),
     "sample flag": (["sample", ".", "--nmu", "3"], ["Unknown flag --nmu", "Did you mean --num?"]),
-    "evaluate": (["evaluate", "."], ["generator.json", "folder of a run"]),
+    "evaluate": (["evaluate", "."], ["Expected a run folder", "--data NAME"]),
     "evaluate option": (["evaluate", ".", "--evaluation.num_sampels", "3"], ["mean --evaluation.num_samples?"]),
     "account": (["account", "."], ["ledger.jsonl", "folder of a run"]),
     "account nowhere": (["account", "nowhere"], ["nowhere/ledger.jsonl", "folder of a run"]),

@@ -26,7 +26,9 @@ class Launches(TorchDispatchMode):
 
 def weighted_sum(device):
     rows = Rows(torch.empty(RECORDS, LONG, device=device))
-    rows.add_weighted_sum(torch.empty(RECORDS, device=device, dtype=torch.float64), torch.empty(LONG, device=device))
+    rows.add_weighted_sum(
+        torch.empty(RECORDS, device=device, dtype=torch.float64), torch.empty(LONG, device=device, dtype=torch.float64)
+    )
 
 
 def convolution(device):
