@@ -1,5 +1,6 @@
 """The Lightning strategy of runs on many processes: nothing is averaged, replicas start equal and stay so."""
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -28,6 +29,12 @@ class PrivateDDPStrategy(DDPStrategy):
     """
 
     @override
+    def setup_environment(self) -> None:
+        """Join the other processes, and leave them before Python ends: Lightning sees to that for NCCL alone."""
+        super().setup_environment()
+        atexit.register(_leave)
+
+    @override
     def configure_ddp(self) -> None:
         """Take the parameters and buffers of process 0; wrap nothing."""
         ranks = ranks_of(self)
@@ -47,8 +54,7 @@ class PrivateDDPStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         # Whoever waits for this process learns at once that it will not come.
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()
+        _leave()
 
 
 StrategyRegistry.register(
@@ -83,6 +89,12 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "which averages or cuts gradients before they are released. Set trainer.strategy to private_ddp (the "
             "command line does so by itself), or trainer.devices to 1."
         )
+
+
+def _leave() -> None:
+    # NCCL's group would wait for the others here, and Lightning leaves it at the end.
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,14 @@ from lightning_dp.errors import ConfigurationError
 from tests.cli.runs import TINY, read_json
 from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
 from tests.distributed.group import free_port
-from tests.distributed.test_command_line import PATIENCE_S, PYTHON, clean_environment, command, end_group
+from tests.distributed.test_command_line import (
+    PYTHON,
+    clean_environment,
+    command,
+    end_group,
+    is_anyone_left,
+    wait_until,
+)
 
 
 def slurm_variables(task: int, *, nodes: int, tasks_per_node: int) -> dict[str, str]:
@@ -56,26 +64,35 @@ def test_a_job_that_slurm_takes_back_leaves_no_checkpoint(tmp_path, monkeypatch)
     assert note.heard_by in (signal.SIG_DFL, signal.SIG_IGN)
 
 
-def all_end_well(starts: list[tuple[list[str], dict[str, str]]]) -> None:
-    """Start programs side by side, and see that each ends without an error."""
-    running = [
-        subprocess.Popen(
-            one,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for one, environment in starts
-    ]
+def all_end_well(starts: list[tuple[list[str], dict[str, str]]], folder: Path) -> None:
+    """Start programs side by side, and see that each ends without an error.
+
+    They write into files: a pipe would stay open as long as any child of theirs holds it. Whoever is not done in time
+    says where each of its threads stands.
+    """
+    said = [folder / f"output{number}.txt" for number in range(len(starts))]
+    running = []
+    for (one, environment), file in zip(starts, said, strict=True):
+        environment = {**environment, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        with file.open("w") as out:
+            running.append(
+                subprocess.Popen(one, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            )
+
+    def all_said() -> str:
+        return "\n".join(f"{file.name}:\n{file.read_text()}" for file in said)
+
     try:
+        ended = wait_until(lambda: all(p.poll() is not None for p in running) or any(p.poll() for p in running))
         for process in running:
-            out, _ = process.communicate(timeout=PATIENCE_S)
-            assert process.returncode == 0, out
+            if not ended and is_anyone_left(process):
+                os.killpg(process.pid, signal.SIGABRT)
+                wait_until(lambda process=process: not is_anyone_left(process), 10)
+        assert [process.poll() for process in running] == [0] * len(running), all_said()
     finally:
         for process in running:
             end_group(process)
+            process.wait()
 
 
 def made_by(run_dir, processes: int) -> bool:
@@ -95,7 +112,7 @@ def test_slurm(tmp_path, nodes, tasks_per_node):
     flags = (*flags, "--trainer.devices", tasks_per_node, "--trainer.num_nodes", nodes)
     shared = clean_environment()
     tasks = [slurm_variables(task, nodes=nodes, tasks_per_node=tasks_per_node) for task in range(2)]
-    all_end_well([(command(*flags, launcher=PYTHON), {**shared, **task}) for task in tasks])
+    all_end_well([(command(*flags, launcher=PYTHON), {**shared, **task}) for task in tasks], tmp_path)
     assert made_by(run_dir, 2)
 
 
@@ -108,7 +125,7 @@ def test_torchrun_on_two_machines(tmp_path):
     where = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}")
     torchrun = (sys.executable, "-m", "torch.distributed.run", *where)
     agents = [(*torchrun, f"--node_rank={node}", "-m", "lightning_dp") for node in range(2)]
-    all_end_well([(command(*flags, launcher=agent), dict(os.environ)) for agent in agents])
+    all_end_well([(command(*flags, launcher=agent), dict(os.environ)) for agent in agents], tmp_path)
     assert made_by(run_dir, 2)
 
 
