@@ -21,8 +21,9 @@ _NOT_THE_RESULT = (
 _WITHOUT_EFFECT: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "teachers": {"state": ("auto", "device", "host")},
     "generator": {"texture": (0.0,), "sharpness": (0.0,), "slant": (0.0,)},
+    "warm_start": {"slant": (0.0,)},
 }
-"""Options of a model's parts that came later, with the values that change no result: runs from before are the same."""
+"""Options of parts that came later, with the values that change no result: runs from before are the same."""
 
 _NOT_THE_TRAINING = ("enable_progress_bar", "default_root_dir", "logger", "log_every_n_steps")
 
@@ -61,22 +62,26 @@ def request_key(resolved: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in resolved.items() if key not in _NOT_THE_RESULT}
     if isinstance(trainer := kept.get("trainer"), Mapping):
         kept["trainer"] = {key: value for key, value in trainer.items() if key not in _NOT_THE_TRAINING}
-    kept["model"] = _deciding(kept.get("model"))
+    kept["model"] = _parts_that_decide(kept.get("model"))
+    if "warm_start" in kept:
+        kept["warm_start"] = _deciding(kept["warm_start"], "warm_start")
     text = json.dumps(_as_in_a_card(kept), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _deciding(model: Any) -> Any:
+def _parts_that_decide(model: Any) -> Any:
     """Return a model's settings without those of its own parts that have no effect."""
     if not (isinstance(model, Mapping) and isinstance(parts := model.get("init_args"), Mapping)):
         return model
-    kept = dict(parts)
-    for name, idle in _WITHOUT_EFFECT.items():
-        part = parts.get(name)
-        if isinstance(part, Mapping) and isinstance(options := part.get("init_args"), Mapping):
-            decide = {key: value for key, value in options.items() if value not in idle.get(key, ())}
-            kept[name] = {**part, "init_args": decide}
-    return {**model, "init_args": kept}
+    return {**model, "init_args": {name: _deciding(part, name) for name, part in parts.items()}}
+
+
+def _deciding(part: Any, name: str) -> Any:
+    """Return the settings of a part without those that have no effect."""
+    idle = _WITHOUT_EFFECT.get(name)
+    if idle is None or not (isinstance(part, Mapping) and isinstance(options := part.get("init_args"), Mapping)):
+        return part
+    return {**part, "init_args": {key: value for key, value in options.items() if value not in idle.get(key, ())}}
 
 
 def _as_in_a_card(value: Any) -> Any:

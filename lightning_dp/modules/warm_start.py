@@ -199,6 +199,7 @@ class MomentsWarmStart(WarmStart):
         gain: See `ClassGaussianGenerator`, as all that follow.
         black: See `ClassGaussianGenerator`.
         distortion: See `ClassGaussianGenerator`; public, so what is learned from distorted samples costs nothing more.
+        slant: See `ClassGaussianGenerator`.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -219,12 +220,17 @@ class MomentsWarmStart(WarmStart):
         gain: float = 1.0,
         black: float = 0.0,
         distortion: tuple[float, float, float, float] | None = None,
+        slant: float = 0.0,
     ) -> None:
         super().__init__(budget=budget, samples=samples, steps=steps, learning_rate=learning_rate)
         self.num_coefficients, self.centre, self.clip = num_coefficients, centre, clip
         self.emphasis, self.block_weights = emphasis, block_weights
-        self.gain, self.black, self.distortion = gain, black, distortion
+        self.gain, self.black, self.distortion, self.slant = gain, black, distortion, slant
         self._generator: ClassGaussianGenerator | None = None
+
+    @property
+    def source(self) -> Generator | None:  # noqa: D102
+        return self._generator
 
     def describe_module(self, module: PrivateModule) -> None:  # noqa: D102
         data = module.facts
@@ -235,6 +241,7 @@ class MomentsWarmStart(WarmStart):
             gain=self.gain,
             black=self.black,
             distortion=self.distortion,
+            slant=self.slant,
         )
         self._rounds = MomentsRounds(
             self._generator,

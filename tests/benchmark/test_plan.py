@@ -42,6 +42,13 @@ def test_nor_a_later_option_that_is_off():
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_nor_one_of_a_warm_start():
+    starts = [{"init_args": {"budget": 0.2, **more}} for more in ({}, {"slant": 0.0}, {"slant": 4.0})]
+    keys = [request_key({**REQUEST, "warm_start": start}) for start in starts]
+    assert keys[0] == keys[1] != keys[2]
+    assert request_key({**REQUEST, "warm_start": None}) != request_key(REQUEST)  # as before
+
+
 @pytest.mark.parametrize("part", ["critic", "generator"])
 def test_a_class_of_ones_own_may_mean_something_by_such_a_name(part):
     first, second = ({"init_args": {part: {"init_args": {"state": state}}}} for state in ("auto", "host"))

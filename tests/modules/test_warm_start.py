@@ -1,22 +1,27 @@
 """A warm start is one release more, in the same ledger and the same budget; what it teaches is post-processing."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from callbacks import GradientPrivatizer, PrivacyAccountant
 from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.claim import ClaimLevel
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
 from lightning_dp.mechanisms.topagg import TopAgg
 from lightning_dp.modules import base
+from lightning_dp.modules.base import PrivateModule
 from lightning_dp.modules.imitation import energy_distance, imitate
 from lightning_dp.modules.release import PublicSamples
 from lightning_dp.modules.semi_dual import SemiDualSinkhorn
 from lightning_dp.modules.semi_dual_warm_start import SemiDualWarmStart
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
 from lightning_dp.modules.warm_start import MomentsWarmStart
+from lightning_dp.networks.class_gaussian import ClassGaussianGenerator
 from tests.conftest import TinyData, settings, tiny_gan, tiny_generator, trainer_for
 from tests.modules.test_dpgan import tiny_dpgan
 from tests.modules.test_dpsgd import tiny_dpsgd
@@ -36,7 +41,13 @@ def by_transport(**options) -> SemiDualWarmStart:
     return SemiDualWarmStart(**{**small, "images_per_class": 2, "budget": 0.2, **options})
 
 
-KINDS = pytest.mark.parametrize("make_warm", [warm_start, by_transport], ids=["moments", "semi_dual"])
+def upright(**options) -> MomentsWarmStart:
+    return warm_start(slant=4.0, **options)
+
+
+KINDS = pytest.mark.parametrize(
+    "make_warm", [warm_start, upright, by_transport], ids=["moments", "upright", "semi_dual"]
+)
 
 
 def fit(tmp_path, module, mechanism=None, warm=None, ledger_path=None, **privacy):
@@ -182,8 +193,37 @@ def test_more_releases_than_planned_are_refused(tmp_path):
         fit(tmp_path, tiny_gan(), warm=warm, neighboring_relation="replace_special")
 
 
-@pytest.mark.parametrize("make", [tiny_gan, tiny_semi_dual, tiny_dpgan])
-def test_the_method_begins_where_the_transport_of_its_own_generator_ended(make, tmp_path, monkeypatch):
+def of_gaussians(make) -> PrivateModule:
+    """A method that trains the generator that a warm start by moments fits."""
+    module = make()
+    module.generator = ClassGaussianGenerator((1, 8, 8), num_classes=2, num_coefficients=10, slant=4.0)
+    return module
+
+
+@pytest.mark.parametrize("make", [tiny_gan, tiny_semi_dual])
+def test_a_generator_of_class_gaussians_learns_on_from_the_moments(make, tmp_path, monkeypatch):
+    begun = []
+
+    def look(self, samples, real=base.PrivateModule.take_warm_start, **options):
+        real(self, samples, **options)
+        begun.append(self.generator.means.detach().clone())
+
+    monkeypatch.setattr(base.PrivateModule, "take_warm_start", look)
+    module = of_gaussians(make)
+    accountant = fit(tmp_path, module, Gaussian(), upright(), neighboring_relation="replace_special")
+    assert accountant.claim().level == ClaimLevel.PROVED
+    assert len(accountant.ledger) == 1 + STEPS
+    assert not torch.equal(module.generator.means, begun[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "make_warm"),
+    [
+        *((make, by_transport) for make in (tiny_gan, tiny_semi_dual, tiny_dpgan)),
+        *((partial(of_gaussians, make), upright) for make in (tiny_gan, tiny_semi_dual)),
+    ],
+)
+def test_the_method_begins_where_the_release_left_its_own_generator(make, make_warm, tmp_path, monkeypatch):
     begun = []
 
     def look(self, samples, real=base.PrivateModule.take_warm_start, **options):
@@ -195,7 +235,7 @@ def test_the_method_begins_where_the_transport_of_its_own_generator_ended(make, 
     module = make()
     before = {name: value.clone() for name, value in module.generator.state_dict().items()}
     with pytest.raises(RuntimeError, match="seen"):
-        fit(tmp_path, module, Gaussian(), by_transport(), neighboring_relation="replace_special")
+        fit(tmp_path, module, Gaussian(), make_warm(), neighboring_relation="replace_special")
     mine, theirs = begun[0]
     assert all(torch.equal(mine[name], value) for name, value in theirs.items())
     assert not all(torch.equal(before[name], value) for name, value in theirs.items())
