@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.mechanisms.keystream import KEY_BYTES, keystream
 
 
 class PoissonSampler:
@@ -53,8 +54,8 @@ class PoissonSampler:
         self.rate = float(rate)
         self.owned = range(num_records) if owned is None else owned
         self.is_secret = insecure_seed is None
-        key = secrets.token_bytes(16) if insecure_seed is None else _insecure_key(insecure_seed)
-        self._stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
+        key = secrets.token_bytes(KEY_BYTES) if insecure_seed is None else _insecure_key(insecure_seed)
+        self._stream = keystream(key)
 
     def draw(self) -> Tensor:
         """Return the owned records of the next step: distinct indices, rising, int64, possibly none. Private."""
@@ -75,4 +76,4 @@ class PoissonSampler:
 
 def _insecure_key(seed: int) -> bytes:
     # Another name than the noise source's, so that one debugging seed does not give both the same stream.
-    return hashlib.blake2b(f"insecure-sampler:{seed}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"insecure-sampler:{seed}".encode(), digest_size=KEY_BYTES).digest()

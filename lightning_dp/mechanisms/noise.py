@@ -1,12 +1,13 @@
 """The secret noise source: float64 draws keyed by (secret, release number, leaf), never a replayable stream.
 
-Every draw comes from a fresh counter-based generator (NumPy's Philox-4x64) whose 128-bit key is the BLAKE2b hash of
-the process secret and the draw's name (of a long release: of each part of it). The result does not depend on the order
-of the draws, on chunking, on threads or on the rank. The secret is read from the operating system at every process
-start, lives in memory only, and is never logged, pickled or saved, so a resumed run cannot repeat noise; a forked
-child, which would repeat its parent's, is refused.
-Philox is not a cryptographic generator: the guarantee covers observers who see released values, not one who can invert
-Philox from them. Noise in whole numbers (`NoiseSource.whole`) comes from SHAKE-256 instead, which is one.
+Every draw comes from a cipher in counter mode (`keystream`) whose key is the BLAKE2b hash of the process secret and the
+draw's name (of a long release: of each part of it). The result does not depend on the order of the draws, on chunking,
+on threads or on the rank. The secret is read from the operating system at every process start, lives in memory only,
+and is never logged, pickled or saved, so a resumed run cannot repeat noise; a forked child, which would repeat its
+parent's, is refused.
+Whoever knows some draws, even all but one, cannot tell that one from a draw by chance, as far as BLAKE2b and the cipher
+hold (AES differs from chance in that no block of 128 bits comes twice: by 2^-93 in a part). Noise in whole numbers
+(`NoiseSource.whole`) comes from SHAKE-256.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.mechanisms.keystream import KEY_BYTES, keystream, rekeyed
 from lightning_dp.mechanisms.whole_noise import WholeLaw, whole_noise
 
 _BLOCK: Final = 2**15  # draws that stay in the cache until they are added
@@ -97,7 +99,7 @@ class NoiseSource:
         if math.prod(shape) > _PART:
             none = torch.zeros(shape, dtype=torch.float64)
             return self.add_gaussian(none, std=std, release_number=release_number, leaf=leaf)
-        draw = self.generator(release_number=release_number, leaf=leaf).standard_normal(shape)
+        draw = self.borrowed(release_number=release_number, leaf=leaf).standard_normal(shape)
         return torch.from_numpy(np.multiply(draw, std, out=np.asarray(draw)))
 
     def add_gaussian(self, total: Tensor, *, std: float, release_number: int, leaf: str = "noise") -> Tensor:
@@ -125,7 +127,7 @@ class NoiseSource:
         def add_to(start: int) -> None:
             part = numbers[start : start + _PART]
             name = leaf if start == 0 else f"{leaf}:part:{start // _PART}"  # no key serves twice
-            _add(part, self.generator(release_number=release_number, leaf=name), std)
+            _add(part, self.borrowed(release_number=release_number, leaf=name), std)
 
         starts = range(0, len(numbers), _PART)
         if min(len(starts), torch.get_num_threads()) <= 1:
@@ -162,13 +164,22 @@ class NoiseSource:
             release_number: The number that the ledger gave to this release.
             leaf: Name of the part of the release.
         """
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(self._key(release_number, leaf), "big")))
+        return keystream(self._key(release_number, leaf))
+
+    def borrowed(self, *, release_number: int, leaf: str) -> np.random.Generator:
+        """Return what `generator` returns, in less time, for draws that are made at once: the next call takes it away.
+
+        Args:
+            release_number: The number that the ledger gave to this release.
+            leaf: Name of the part of the release.
+        """
+        return rekeyed(self._key(release_number, leaf))
 
     def coin_seed(self, *, release_number: int, block: int) -> int:
         """Return a 63-bit seed for the coins of one block of teachers in one release."""
         return int.from_bytes(self._key(release_number, f"coins:{block}")[:8], "big") >> 1
 
-    def _key(self, release_number: int, leaf: str, *, size: int = 16) -> bytes:
+    def _key(self, release_number: int, leaf: str, *, size: int = KEY_BYTES) -> bytes:
         self._check_process()
         name = f"{release_number}/{leaf}".encode()
         return hashlib.blake2b(name, key=self._secret, digest_size=size).digest()

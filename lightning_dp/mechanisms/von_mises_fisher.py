@@ -119,7 +119,7 @@ class VonMisesFisher(Mechanism):
         drawn = np.empty_like(natural)
         for place, row_id in enumerate(ids):
             leaf = f"row:{row_id}:{context.first_vector}"
-            stream = context.noise.generator(release_number=context.release_number, leaf=leaf)
+            stream = context.noise.borrowed(release_number=context.release_number, leaf=leaf)
             drawn[place] = sample_directions(natural[place], stream)
         return torch.from_numpy(drawn).to(encoded.device)
 
@@ -134,7 +134,7 @@ class VonMisesFisher(Mechanism):
                 "shape agree."
             )
         natural = self.concentration(plan) * measured.cpu().numpy().reshape(1, -1)
-        drawn = sample_directions(natural, noise.generator(release_number=release_number, leaf="noise"))
+        drawn = sample_directions(natural, noise.borrowed(release_number=release_number, leaf="noise"))
         return torch.from_numpy(drawn).reshape(measured.shape).to(measured.device)
 
     def mean(self, measured: Tensor, plan: ReleasePlan) -> Tensor:

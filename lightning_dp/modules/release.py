@@ -14,6 +14,7 @@ from lightning_dp.gradients.ranks import ALONE, Ranks, checksum
 from lightning_dp.gradients.record_gradients import RecordChunk, SummableRows
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.base import ContributionSpec, EncodeContext, Mechanism, ReleasePlan
+from lightning_dp.mechanisms.keystream import CIPHER
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.modules.row_census import RowCensus
 from lightning_dp.networks.generator import Generator
@@ -176,7 +177,7 @@ class ReleaseSession:
                 "one release a step. Put everything that leaves in a step into one release."
             )
         number, event = len(self.ledger) + 1, self.event
-        with self._ranks.together(number, f"{event} {self.sampling} {shape}", self._seen):
+        with self._ranks.together(number, f"{event} {self.sampling} {shape} {CIPHER}", self._seen):
             census = RowCensus(self.plan.spec)
             census.check_shape(shape)
             self._may_release(event, self.sampling)

@@ -86,6 +86,7 @@ def test_a_forked_child_cannot_repeat_its_parents_noise():
         lambda: draw(source, 1, size=3 * _PART),
         lambda: source.add_gaussian(torch.zeros(3).double(), std=1.0, release_number=1),
         lambda: source.generator(release_number=1, leaf="noise"),
+        lambda: source.borrowed(release_number=1, leaf="noise"),
         lambda: source.coin_seed(release_number=1, block=0),
     )
 
@@ -158,6 +159,6 @@ def test_parts_of_a_long_release_repeat_nothing(monkeypatch):
     low, high = stats.chi2.interval(0.9999, len(noise))
     assert low <= (noise / 2.5).square().sum().item() <= high
 
-    plain = NoiseSource.generator
-    monkeypatch.setattr(NoiseSource, "generator", lambda self, **name: plain(self, **{**name, "leaf": "noise"}))
+    plain = NoiseSource.borrowed
+    monkeypatch.setattr(NoiseSource, "borrowed", lambda self, **name: plain(self, **{**name, "leaf": "noise"}))
     assert parts_repeat(long_noise(NoiseSource())), "one key for all parts goes unnoticed"

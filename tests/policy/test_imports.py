@@ -39,7 +39,7 @@ MAY_IMPORT = {
 FOR_ANYONE = ("lightning_dp.errors", "lightning_dp.wording")
 
 # Files of lightning_dp/mechanisms that are no mechanism: what a method may know.
-NOT_A_MECHANISM = ("base", "noise", "contributions", "keyed", "rows")
+NOT_A_MECHANISM = ("base", "noise", "keystream", "contributions", "keyed", "rows")
 
 
 def package_of(module: str) -> str:
