@@ -21,6 +21,7 @@ from lightning_dp.mechanisms.rows import entries_at_once
 _TRAFFIC: Final = 30
 _BLOCK_ENTRIES: Final = 2**18
 _CACHED_ENTRIES: Final = 2**18
+_EXACT_ENTRIES: Final = 2**17  # of an exact copy: a megabyte, which fits where single-precision maps were freed
 
 
 @dataclass(frozen=True)
@@ -208,12 +209,14 @@ class Product(Part):
 
     def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
         left, right = self._factors()
-        weighted = left.to(torch.float64, copy=True).mul_(weights[:, None, None]).flatten(0, 1)
-        right = right.flatten(0, 1).to(torch.float64)
-        if self._order is None:
-            total.view(weighted.shape[1], right.shape[1]).addmm_(weighted.T, right)
-        else:
-            total += self._order.restored((weighted.T @ right).flatten())
+        left, right = left.flatten(0, 1), right.flatten(0, 1).to(torch.float64)
+        weights = weights.repeat_interleave(len(left) // len(weights))[:, None]
+        summed = total if self._order is None else torch.zeros_like(total)
+        width = max(1, entries_at_once(_EXACT_ENTRIES, left.device) // max(1, len(left)))
+        for few, share in zip(left.split(width, dim=1), summed.view(-1, right.shape[1]).split(width), strict=True):
+            share.addmm_(few.to(torch.float64, copy=True).mul_(weights).T, right)
+        if self._order is not None:
+            total += self._order.restored(summed)
 
     def silence(self, is_silent: Tensor) -> Part:  # noqa: D102
         is_silent = is_silent[:, None, None]
@@ -227,7 +230,7 @@ class Product(Part):
 
 def _lengths(factor: Tensor) -> Tensor:
     """Return the norms at each place, (n, T), in double precision, a few records' exact copies at a time."""
-    few = max(1, entries_at_once(_CACHED_ENTRIES, factor.device) // max(1, factor[0].numel()))
+    few = max(1, entries_at_once(_EXACT_ENTRIES, factor.device) // max(1, factor[0].numel()))
     return torch.cat([torch.linalg.vector_norm(part.to(torch.float64), dim=2) for part in factor.split(few)])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from lightning_dp.errors import PrivacyProtocolError
 from lightning_dp.gradients.overheard import Overhearing, UnsupportedNetwork
 from lightning_dp.gradients.parts import Part, Rows
 from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
@@ -38,7 +39,9 @@ class SummableRows(ABC):
 
     @abstractmethod
     def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:
-        """Add the sum of weight times row to a total; a record of weight zero adds nothing at all.
+        """Add the sum of weight times row to a total, once; a record of weight zero adds nothing at all.
+
+        What rows are made of may go on the way, so that sums and what is summed need not stand at the same time.
 
         Args:
             weights: (n,), float64, finite.
@@ -63,8 +66,14 @@ class RecordGradients(SummableRows):
     def __init__(self, ids: Tensor, parts: list[list[Part]], sizes: list[int], num_bytes_seen: int = 0) -> None:
         self.ids = ids
         self._num_bytes_seen = num_bytes_seen
-        self._parts = [_joined(few) for few in parts]
+        self._held: list[Part | None] | None = [_joined(few) for few in parts]
         self._sizes = sizes
+
+    @property
+    def _parts(self) -> list[Part | None]:
+        if self._held is None:
+            raise PrivacyProtocolError("The gradients of these records were summed and let go; make them again.")
+        return self._held
 
     @property
     def norms(self) -> Tensor:
@@ -78,15 +87,21 @@ class RecordGradients(SummableRows):
         return torch.maximum(bounds, masses).sqrt() * (1 + _SUM_MARGIN)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Return the sum of weight times gradient, (D,), float64; see `add_weighted_sum`."""
+        """Return the sum of weight times gradient, (D,), float64, and keep what it is made of."""
         total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=weights.device)
-        self.add_weighted_sum(weights, total)
+        self._add(list(self._parts), weights, total)
         return total
 
     def add_weighted_sum(self, weights: Tensor, total: Tensor) -> None:  # noqa: D102
+        parts, self._held = self._parts, None
+        self._add(parts, weights, total)
+
+    def _add(self, parts: list[Part | None], weights: Tensor, total: Tensor) -> None:
+        """Add the weighted sum of parts, each of which leaves the list when its turn comes."""
         is_silent = weights == 0
         some_are_silent = bool(is_silent.any())
-        for part, share in zip(self._parts, total.split(self._sizes), strict=True):
+        for place, share in enumerate(total.split(self._sizes)):
+            part, parts[place] = parts[place], None
             if part is not None:
                 # Selected, not multiplied: 0 * NaN is NaN.
                 heard = part.silence(is_silent) if some_are_silent else part

@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_dp.errors import PrivacyProtocolError
+from lightning_dp.gradients import parts
 from lightning_dp.gradients.layers import patches
 from lightning_dp.gradients.overheard import UnsupportedNetwork
 from lightning_dp.gradients.parts import Product, Rows
@@ -354,10 +356,10 @@ class TestBrokenTwins:
         norms = RecordGradients.norm_bounds.fget
 
         def without_bias(self):
-            kept = self._parts
-            self._parts = [None if p.dim() == 1 else part for p, part in zip(parameters, kept, strict=True)]
+            kept = self._held
+            self._held = [None if p.dim() == 1 else part for p, part in zip(parameters, kept, strict=True)]
             found = norms(self)
-            self._parts = kept
+            self._held = kept
             return found
 
         monkeypatch.setattr(RecordGradients, "norm_bounds", property(without_bias))
@@ -391,3 +393,30 @@ def test_patches_are_what_a_convolution_meets():
     found = patches(maps, torch.Size((2, 3)), (2, 1), (1, 0), torch.Size((3, 4)))
     wanted = F.unfold(maps, (2, 3), stride=(2, 1), padding=(1, 0)).unflatten(1, (3, 2, 3)).unflatten(-1, (3, 4))
     assert torch.equal(found, wanted.permute(0, 4, 5, 2, 3, 1))
+
+
+def test_what_was_summed_is_let_go():
+    """Sums and what they are made of do not stand at the same time; nobody sums what is gone."""
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+    found = gradients_of(net, squares, (torch.randn(3, 5),))
+    weights = torch.ones(3, dtype=torch.float64)
+    wanted, held = found.weighted_sum(weights), [weakref.ref(part) for part in found._parts]
+    total = torch.zeros_like(wanted)
+    found.add_weighted_sum(weights, total)
+    assert torch.equal(total, wanted)
+    assert [part() for part in held] == [None] * 4
+    for ask in (lambda: found.norm_bounds, lambda: found.add_weighted_sum(weights, total)):
+        with pytest.raises(PrivacyProtocolError, match="summed and let go"):
+            ask()
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_a_wide_product_is_summed_in_blocks(places, monkeypatch):
+    left, right = torch.randn(4, places, 10), torch.randn(4, places, 6)
+    weights = torch.rand(4, dtype=torch.float64)
+    wanted = torch.einsum("n,ntp,ntd->pd", weights, left.double(), right.double()).flatten()
+    for entries in (1, 3 * 4 * places, 2**17):  # a column at a time, three, all
+        monkeypatch.setattr(parts, "_EXACT_ENTRIES", entries)
+        total = torch.ones(60, dtype=torch.float64)
+        Product(left, right).add_weighted_sum(weights, total)
+        torch.testing.assert_close(total, 1 + wanted)
