@@ -20,7 +20,7 @@ from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
 from lightning_dp.mechanisms.base import Mechanism, NoiseLaw, ReleasePlan
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.modules.base import PrivateModule
-from lightning_dp.modules.public_facts import PublicFacts
+from lightning_dp.modules.public_facts import PublicFacts, check_facts
 from lightning_dp.modules.release import ReleaseSession
 from lightning_dp.modules.step_memory import check_memory
 from lightning_dp.modules.warm_start import WarmPlan, WarmStart
@@ -74,6 +74,7 @@ class GradientPrivatizer(pl.Callback):
             ConfigurationError: Settings that do not fit together, or a pair without a proof.
         """
         settings = self.accountant.privacy
+        check_facts(data)
         module.describe_data(data)
         spec = module.contribution_spec()
         self.mechanism.check(spec)
@@ -133,14 +134,23 @@ class GradientPrivatizer(pl.Callback):
                 f"GradientPrivatizer needs a PrivateModule, got {type(pl_module).__name__}: its gradients would leave "
                 "without a release. Derive the model from lightning_dp.modules.PrivateModule."
             )
+        if pl_module._compiler_ctx is not None:
+            raise ConfigurationError(
+                f"Expected a module as it was written, got torch.compile of {type(pl_module).__name__}, which would "
+                "compile its releases too. Make a new one, and compile the networks that it is given."
+            )
         self.check_trainer(trainer)
         self.mechanism.forget()  # of an earlier run; a checkpoint of this one is loaded after set-up
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
-            raise ConfigurationError("Pass the data as a datamodule: trainer.fit(model, datamodule=data).")
+            raise ConfigurationError(
+                "Pass the data as a datamodule, trainer.fit(model, datamodule=data), one of datamodules: batches of a "
+                "loader are not the Poisson samples that a claim is about, so methods draw records themselves."
+            )
         budget = self.plan_run(pl_module, data, None if trainer.max_steps < 0 else trainer.max_steps)
         check_memory(pl_module, self.mechanism, trainer.strategy.root_device, processes=trainer.world_size)
         pl_module.logs_raw = self.raw_telemetry
+        pl_module.rehearse()
         pl_module.planned_releases = budget.num_own
         pl_module.insecure_seed = self.accountant.privacy.insecure_seed
         pl_module.ranks = ranks_of(trainer.strategy)

@@ -41,7 +41,8 @@ def refuse_settings(trainer: pl.Trainer, *, raw_telemetry: bool) -> None:
     if trainer.accumulate_grad_batches != 1:
         raise ConfigurationError(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} would mix releases; "
-            "set it to 1. Rows are chunked inside one release."
+            "set it to 1. Rows are chunked inside one release (--model.chunk_size); a larger batch is "
+            "--model.expected_batch_size."
         )
     refuse_precision(trainer.precision)
     check_strategy(trainer)

@@ -19,6 +19,7 @@ from typing_extensions import override
 from callbacks.evaluate_generator import EvaluateGenerator
 from callbacks.gradient_privatizer import GradientPrivatizer, run_summary
 from lightning_dp.accounting.accountants import compute_epsilon
+from lightning_dp.accounting.plan import ledger_plan
 from lightning_dp.errors import PrivacyProtocolError
 from lightning_dp.evaluation.peak_memory import peak_resident_bytes
 from lightning_dp.evaluation.report import RunCard, write_run_card
@@ -119,6 +120,7 @@ class RunFolder(pl.Callback):
                 "target_delta": privacy.target_delta,
                 "planned_releases": budget.num_releases if budget is not None else None,
                 "releases": len(accountant.ledger),
+                **self._shares(),
             },
             mechanism=run_summary(self.privatizer),
             sampler=module.sampling.to_dict(),
@@ -159,6 +161,25 @@ class RunFolder(pl.Callback):
             config=self.config,
             sample_grid=GRID_FILE if (self.path / GRID_FILE).exists() else None,
         )
+
+    def _shares(self) -> dict[str, float]:
+        """Return what a warm start and the method cost as planned, each by itself: composed, less than their sum."""
+        accountant, privacy = self.privatizer.accountant, self.privatizer.accountant.privacy
+        planned = dict(ledger_plan(accountant.ledger) or {})
+        if self.privatizer.warm_start is None or accountant.claim().epsilon is None or not planned:
+            return {}
+        first = next(iter(planned))  # nothing comes before a warm start
+        parts = {"warm_start": {first: planned.pop(first)}, "method": planned}
+        return {
+            f"epsilon_of_{name}_alone": compute_epsilon(
+                part,
+                delta=privacy.target_delta,
+                relation=privacy.relation,
+                accountant=privacy.accountant,
+                is_rough=True,
+            ).epsilon
+            for name, part in parts.items()
+        }
 
     def _epsilon_curve(self) -> tuple[tuple[float, float], ...]:
         accountant, privacy = self.privatizer.accountant, self.privatizer.accountant.privacy

@@ -29,7 +29,7 @@ from lightning_dp.accounting.settings import PrivacyBudget, PrivacySettings
 from lightning_dp.cli.loggers import finish, make_loggers
 from lightning_dp.cli.parsing import check_values, one_line
 from lightning_dp.cli.processes import process_number
-from lightning_dp.cli.run_dirs import drop_if_empty, make_run_dir, resolve_run
+from lightning_dp.cli.run_dirs import drop_if_empty, drop_refused, is_unused, make_run_dir, resolve_run
 from lightning_dp.cli.short_help import ALL, is_short, shorten
 from lightning_dp.cli.trainer_flags import given_callbacks, refuse_own
 from lightning_dp.errors import ConfigurationError
@@ -77,6 +77,7 @@ class FitCLI(LightningCLI):
         self.run_dir = Path()
         self.run_folder: RunFolder
         self._ckpt_path: Path | None = None
+        self._is_ours = self._was_there = False
         self._has_short_help = is_short(args)
         super().__init__(
             PrivateModule,
@@ -187,10 +188,17 @@ class FitCLI(LightningCLI):
         check_memory(self.model, options.mechanism, trainer.strategy.root_device, processes=trainer.world_size)
         if options.evaluate and self.model.makes_images:
             check_judging_memory(self.datamodule.image_shape, options.evaluation.num_samples)
+        self._read_early()
         if trainer.is_global_zero:
+            self._is_ours, self._was_there = is_unused(self.run_dir), self.run_dir.exists()
             make_run_dir(self.run_dir)
             (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
         return trainer
+
+    def _read_early(self) -> None:
+        """Read the data before anything is written: what is wrong with them leaves no folder and no W&B run."""
+        if type(self.datamodule).prepare_data is pl.LightningDataModule.prepare_data:  # nothing to fetch first
+            self.datamodule.setup("fit")
 
     def plan_privacy(self) -> tuple[GradientPrivatizer, PrivacyBudget]:
         """Fix noise and length from public facts: contradictory settings end here, before a record is read.
@@ -263,8 +271,28 @@ class FitCLI(LightningCLI):
         """Train to the end of the budget and return the run card; None on another process than the first.
 
         Raises:
+            ConfigurationError: The run is refused after all; nothing is left in a folder that was unused.
             KeyboardInterrupt: The run was interrupted; the message says how to go on.
         """
+        try:
+            self._fit()
+        except ConfigurationError:
+            if self._is_ours:
+                drop_refused(self.run_dir, was_there=self._was_there)
+                if self.config_init.run_dir is None:
+                    drop_if_empty(self.run_dir)
+            raise
+        if self.run_folder.card is None:
+            if not self.trainer.is_global_zero and not self.trainer.interrupted:
+                return None
+            raise KeyboardInterrupt(
+                f"The run in {self.run_dir} was interrupted; go on with the same command and --run_dir {self.run_dir} "
+                "--ckpt_path last."
+            )
+        return self.run_folder.card
+
+    def _fit(self) -> None:
+        """Train; what Lightning, or a checkpoint, refuses is one line."""
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, weights_only=True)
         except SystemExit:
@@ -280,14 +308,6 @@ class FitCLI(LightningCLI):
             ) from None
         finally:
             finish(self.trainer.loggers)
-        if self.run_folder.card is None:
-            if not self.trainer.is_global_zero and not self.trainer.interrupted:
-                return None
-            raise KeyboardInterrupt(
-                f"The run in {self.run_dir} was interrupted; go on with the same command and --run_dir {self.run_dir} "
-                "--ckpt_path last."
-            )
-        return self.run_folder.card
 
 
 def _wants_many(trainer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,6 +77,30 @@ def drop_if_empty(folder: Path) -> None:
     with suppress(OSError):
         for place in (folder, folder.parent, folder.parent.parent):
             place.rmdir()
+
+
+def is_unused(folder: Path) -> bool:
+    """Tell whether a folder is not there, or has nothing in it."""
+    try:
+        return not any(folder.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def drop_refused(folder: Path, *, was_there: bool) -> None:
+    """Remove what a run wrote into an unused folder before it was refused; one with a ledger is left as it is.
+
+    Args:
+        folder: The run folder.
+        was_there: Whether it was there, empty, before the run.
+    """
+    if (folder / LEDGER_FILE).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if was_there:
+        folder.mkdir(exist_ok=True)
 
 
 def make_run_dir(folder: Path) -> None:

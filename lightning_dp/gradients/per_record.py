@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.uncompiled import uncompiled
 from lightning_dp.mechanisms.rows import entries_at_once
 
 _CACHED_ENTRIES = 2**20
@@ -71,7 +72,8 @@ def per_record_rows(
     gradients = vmap(grad(one_loss), in_dims=(None, *(0 for _ in records)))
     for start in range(0, num_records, chunk_size):
         part = slice(start, start + chunk_size)
-        found = gradients(parameters, *(tensor[part] for tensor in records))
+        with uncompiled():
+            found = gradients(parameters, *(tensor[part] for tensor in records))
         rows = torch.cat([value.flatten(1) for value in found.values()], dim=1)  # (n, D)
         # Differentiating likes many records at once, encoding likes what fits the cache.
         pieces = max(1, entries_at_once(_CACHED_ENTRIES, rows.device) // rows.shape[1])

@@ -1,7 +1,7 @@
 """Rows that need not be formed, for mechanisms that decide by norms alone; per-record gradients are the first."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -13,6 +13,7 @@ from lightning_dp.gradients.overheard import Overhearing, UnsupportedNetwork
 from lightning_dp.gradients.parts import Part, Rows
 from lightning_dp.gradients.per_record import RecordLoss, trainable_parameters
 from lightning_dp.gradients.teachers import RowChunk
+from lightning_dp.gradients.uncompiled import uncompiled
 from lightning_dp.mechanisms.rows import entries_at_once
 
 # What the sums in double precision over a release may be off by, and how much may cancel before norms are raised.
@@ -181,8 +182,8 @@ def overheard_gradients(
 
     with torch.enable_grad():
         overhearing = Overhearing(as_rows=as_rows)
-        with overhearing:
-            losses = vmap(one_loss)(*records)
+        with uncompiled(), overhearing:
+            losses = _side_by_side(one_loss, records)
         anchors = [overhearing.anchor] if overhearing.anchor is not None else []
         if losses.requires_grad:
             overhearing.is_listening = True
@@ -193,6 +194,17 @@ def overheard_gradients(
         parts = _by_parameter(overhearing.found, parameters)
     sizes = [parameter.numel() for parameter in parameters]
     return RecordGradients(ids, parts, sizes, overhearing.num_bytes)
+
+
+def _side_by_side(one_loss: Callable[..., Tensor], records: tuple[Tensor, ...]) -> Tensor:
+    try:
+        losses: Tensor = vmap(one_loss)(*records)
+        return losses
+    except RuntimeError as error:
+        if not str(error).startswith("Batching rule not implemented"):
+            raise
+        # functorch has another rule for some of these, a record after the other.
+        raise UnsupportedNetwork(str(error).split(". ")[0]) from error
 
 
 def _by_parameter(found: list[tuple[Tensor, Part]], parameters: list[nn.Parameter]) -> list[list[Part]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.failing_layer import FailingLayer
 from lightning_dp.gradients.overheard import UnsupportedNetwork
 from lightning_dp.gradients.per_record import RecordLoss, per_record_rows
 from lightning_dp.gradients.record_gradients import RecordChunk, RecordGradients, overheard_gradients
@@ -68,6 +69,21 @@ class GradientSource:
                 yield found
                 return
         yield from per_record_rows(network, loss, records, chunk_size=len(ids), ids=ids)
+
+    def rehearse(self, network: nn.Module, loss: RecordLoss, record: tuple[Tensor, ...]) -> None:
+        """Make the gradient of one record and drop it, so that what cannot be had is said before anything is released.
+
+        Args:
+            network: See `per_record_rows`.
+            loss: See `per_record_rows`.
+            record: One record; what it holds does not matter.
+
+        Raises:
+            ConfigurationError: There is none; names the layer.
+        """
+        with FailingLayer(network):
+            for _ in self.gradients(network, loss, record, ids=torch.zeros(1, dtype=torch.int64)):
+                pass
 
     def records_at_once(self, network: nn.Module, loss: RecordLoss, records: tuple[Tensor, ...]) -> int:
         """Return how many records to pass to `gradients`; looks at the shapes of one record, not at its values.

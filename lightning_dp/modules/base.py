@@ -160,6 +160,19 @@ class PrivateModule(pl.LightningModule, ABC):
         """
         return {}
 
+    def rehearse(self) -> None:
+        """Try without a record what a run will need of its networks, before its ledger is opened.
+
+        Raises:
+            ConfigurationError: It cannot be had.
+        """
+        network = self.released_model()
+        if not isinstance(network, ReleasableNetwork):
+            raise ConfigurationError(
+                f"Expected networks of lightning_dp.networks that can be published, got {type(network).__name__}. "
+                "Derive a class of your own from Classifier or Generator and keep the network, compiled or not, in it."
+            )
+
     @property
     def conditional_on(self) -> tuple[str, ...]:
         """What the claim rests on without a bound, in words; any makes it CONDITIONAL, without an epsilon."""

@@ -151,7 +151,9 @@ class DPSGDClassifier(RecordModule):
     @override
     def record_batch(self, ids: Tensor) -> tuple[Tensor, ...]:
         if self.keep_features:
-            return self._features_of(ids), self.labels_of(ids)
+            blank = self._is_rehearsing
+            features = self.network.features(self.images_of(ids)).detach() if blank else self._features_of(ids)
+            return features, self.labels_of(ids)
         return self._views(self.images_of(ids), ids), self.labels_of(ids)
 
     @torch.no_grad()

@@ -2,6 +2,10 @@
 
 from typing import Any, Literal, Protocol
 
+from lightning_dp.errors import ConfigurationError
+
+_NAMES = ("name", "fingerprint", "num_records", "num_classes", "image_shape", "teacher_partition")
+
 
 class PublicFacts(Protocol):
     """What a data module says of its records before it reads them; configuration, not a release."""
@@ -34,3 +38,17 @@ class PublicFacts(Protocol):
     def teacher_partition(self, num_teachers: int, *, method: Literal["permutation", "hash"], key: int) -> Any:
         """Return who holds which record; refuses more teachers than records."""
         ...
+
+
+def check_facts(data: Any) -> None:
+    """Refuse data that say nothing of themselves, such as a data module with loaders of its own.
+
+    Raises:
+        ConfigurationError: They lack a public fact.
+    """
+    if any(not hasattr(data, name) for name in _NAMES):
+        raise ConfigurationError(
+            f"Expected a datamodules.ImageDataModule (ImageFolder and NpzImages read files of your own), got "
+            f"{type(data).__name__}. Batches of a loader are not the Poisson samples that a claim is about, so methods "
+            "draw records themselves: derive the data from ImageDataModule."
+        )

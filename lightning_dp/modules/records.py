@@ -46,6 +46,7 @@ class PoissonModule(AveragedModule):
         self.expected_batch_size = expected_batch_size
         self.public_seed = public_seed
         self._sampler: PoissonSampler | None = None
+        self._is_rehearsing = False
         self._record_key = secrets.token_bytes(16)  # another one at every start of a run; in no file
 
     # Public facts ----------------------------------------------------------------------------------------------------
@@ -90,11 +91,15 @@ class PoissonModule(AveragedModule):
 
     def images_of(self, ids: Tensor) -> Tensor:
         """Return the images of records in [0, 1], (n, C, H, W), with device and type of the module. Private."""
+        if self._is_rehearsing:  # blank ones: no record is read
+            return torch.zeros(len(ids), *self.facts.image_shape, device=self.device).to(self.dtype)
         images: Tensor = self.trainer.datamodule.train_images[ids]  # type: ignore[attr-defined]
         return images.to(self.device).to(self.dtype) / 255
 
     def labels_of(self, ids: Tensor) -> Tensor:
         """Return the labels of records, int64, (n,), on the device of the module. Private."""
+        if self._is_rehearsing:
+            return torch.zeros(len(ids), dtype=torch.int64, device=self.device)
         labels: Tensor = self.trainer.datamodule.train_labels[ids]  # type: ignore[attr-defined]
         return labels.to(self.device)
 
@@ -199,6 +204,17 @@ class RecordModule(PoissonModule):
             at_once = self.source.records_at_once(network, loss, self.record_batch(records[:1]))
         for ids in records.split(at_once):
             yield from self.source.gradients(network, loss, self.record_batch(ids), ids=ids.to(self.device))
+
+    @override
+    def rehearse(self) -> None:
+        """Make the gradient of a blank record; see `PrivateModule.rehearse`."""
+        super().rehearse()
+        network, loss = self.record_loss_of()
+        self._is_rehearsing = True
+        try:
+            self.source.rehearse(network, loss, self.record_batch(torch.zeros(1, dtype=torch.int64)))
+        finally:
+            self._is_rehearsing = False
 
     def train_on_release(self, network: nn.Module) -> None:
         """Make the release of this step, and let the optimizer take it as the gradient of `network`."""

@@ -9,11 +9,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from callbacks import EvaluateGenerator, PrivacyAccountant, PrivateCheckpoint, ReleaseProgress, RunFolder, SampleGrid
+from callbacks import (
+    EvaluateGenerator,
+    GradientPrivatizer,
+    PrivacyAccountant,
+    PrivateCheckpoint,
+    ReleaseProgress,
+    RunFolder,
+    SampleGrid,
+)
 from lightning_dp.errors import ConfigurationError
 from lightning_dp.evaluation.protocol import EvaluationProtocol
 from lightning_dp.mechanisms.no_privacy import NoPrivacy
-from tests.conftest import TinyData, callbacks_for, tiny_gan, trainer_for
+from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.modules.warm_start import MomentsWarmStart
+from tests.conftest import TinyData, callbacks_for, settings, tiny_gan, trainer_for
 
 QUICK = EvaluationProtocol(num_samples=16, num_reference=16, classifiers=("logistic",))
 
@@ -165,6 +175,16 @@ class TestRunFolder:
         assert card["mechanism"]["noise_std"] == event.noise_std
         assert card["mechanism"]["l2_sensitivity"] == event.l2_sensitivity
         assert "fresh secret" in card["seed_policy"]
+
+    def test_the_card_tells_how_a_warm_start_and_the_method_share_the_budget(self, tmp_path):
+        warm = MomentsWarmStart(budget=0.3, samples=20, steps=2, num_coefficients=10)
+        accountant = PrivacyAccountant(privacy=settings())
+        privatizer = GradientPrivatizer(mechanism=TopAgg(top_k=4), accountant=accountant, warm_start=warm)
+        folder = RunFolder(path=tmp_path, privatizer=privatizer, evaluation=None, config={}, title="tiny")
+        trainer_for(tmp_path, [privatizer, accountant, folder], 3).fit(tiny_gan(), datamodule=TinyData())
+        budget = json.loads((tmp_path / "run_card.json").read_text())["budget"]
+        assert budget["epsilon_of_warm_start_alone"] == pytest.approx(0.3 * 5, rel=1e-3)
+        assert 3.5 < budget["epsilon_of_method_alone"] < 5  # more than the rest: the two compose
 
     def test_an_insecure_seed_is_on_the_card(self, tmp_path):
         callbacks = callbacks_for(insecure_seed=5)
