@@ -12,8 +12,11 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
+from callbacks.held_interrupt import HeldInterrupt
 from callbacks.privacy_accountant import PrivacyAccountant
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.ranks import ALONE, Ranks
+from lightning_dp.modules.base import PrivateModule
 
 
 class StreamedCheckpointIO(TorchCheckpointIO):
@@ -99,7 +102,7 @@ def _spoilt(path: Path, *_: int) -> str | None:
 
 
 class PrivateCheckpoint(Checkpoint):
-    """Saves the newest state of a run: every so many releases, with the last release, and on Ctrl-C of one process.
+    """Saves the newest state of a run: every so many releases, with the last release, and on Ctrl-C.
 
     The file is replaced at once: a kill while it is written leaves the one before. What is released after it and lost
     in a crash stays charged by the ledger, so a larger `every_n_releases` costs budget in a crash, never privacy.
@@ -117,26 +120,37 @@ class PrivateCheckpoint(Checkpoint):
         self.accountant = accountant
         self.every_n_releases = every_n_releases
         self._saved_step = -1
+        self._interrupt: HeldInterrupt | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = StreamedCheckpointIO()
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._interrupt = HeldInterrupt(_ranks(pl_module))
+        self._interrupt.hold()
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # The last state is saved before evaluation begins, which takes longer than a step.
-        if trainer.should_stop or len(self.accountant.ledger) % self.every_n_releases == 0:
+        must_stop = _ranks(pl_module).must_stop and not trainer.should_stop
+        if must_stop or trainer.should_stop or len(self.accountant.ledger) % self.every_n_releases == 0:
             self._save(trainer)
+        if must_stop:
+            raise KeyboardInterrupt  # on all processes, after the same release
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._let_go()
         self._save(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Alone only: many processes are interrupted in different places, and would wait for each other.
+        self._let_go()
+        # Alone only: of many processes, one that is here by itself (a second Ctrl-C) would wait for the others.
         if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0 and trainer.world_size == 1:
             self._save(trainer)
 
@@ -150,3 +164,11 @@ class PrivateCheckpoint(Checkpoint):
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
             os.replace(part, self.path)
+
+    def _let_go(self) -> None:
+        if self._interrupt is not None:
+            self._interrupt.let_go()
+
+
+def _ranks(module: pl.LightningModule) -> Ranks:
+    return module.ranks if isinstance(module, PrivateModule) else ALONE

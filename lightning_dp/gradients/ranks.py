@@ -16,6 +16,7 @@ from lightning_dp.errors import PeerError, PrivacyProtocolError
 Answer = TypeVar("Answer")
 
 _HERE: Final = 1
+_LAST: Final = 2
 _FAILED: Final = 0
 _SENT_AT_ONCE: Final = 64_000_000  # bytes
 _HASHED_AT_ONCE: Final = 2**16
@@ -32,10 +33,15 @@ class Ranks:
         rank: Number of this process.
         size: Number of processes.
         device: Where tensors must be for the group's backend.
+
+    Attributes:
+        wants_to_stop: Set it, and all processes learn with the next release that it is to be the last.
+        must_stop: Whether some process has said so before the release that was made last.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
+        self.wants_to_stop = self.must_stop = False
 
     # Who owns what ---------------------------------------------------------------------------------------------------
 
@@ -73,11 +79,12 @@ class Ranks:
         if self.size == 1:
             return
         digest = int.from_bytes(hashlib.blake2b(subject.encode(), digest_size=7).digest(), "big")
-        words = self._exchange(_HERE, number, digest, seen)
+        words = self._exchange(_LAST if self.wants_to_stop else _HERE, number, digest, seen)
         failed = [rank for rank, word in enumerate(words) if word[0] == _FAILED]
         if failed:
             raise PeerError(f"Process {failed[0]} of {self.size} failed before release {number}; nothing was released.")
-        if any(word != words[0] for word in words):
+        self.must_stop = any(word[0] == _LAST for word in words)
+        if any(word[1:] != words[0][1:] for word in words):
             raise PrivacyProtocolError(
                 f"The {self.size} processes of this run went separate ways before release {number} ({subject}): their "
                 "ledgers, settings or released values differ. Nothing was released; go on from the last checkpoint."

@@ -116,3 +116,12 @@ def test_hardly_any_noise_is_a_large_number_where_pld_takes_gigabytes(noise, way
     assert 1e2 < result < math.inf
     with pytest.raises(ConfigurationError, match="PLD accountant cannot"):
         epsilon(noise, way, kind=kind, accountant="pld")
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
+@pytest.mark.parametrize("way", [FULL, poisson(0.05)])
+def test_large_deltas_cost_no_less_than_nothing_and_smaller_ones_more(way, accountant):
+    """The PRV accountant has answered with epsilons below zero here."""
+    found = [epsilon(1.0, way, count=30, delta=delta, accountant=accountant) for delta in (1e-5, 0.1, 0.5, 0.9, 0.999)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] >= 0

@@ -151,3 +151,30 @@ def test_kill_9_of_one_process_and_resume_on_another_number(tmp_path, victim, af
     ledger, claim = PrivacyLedger.read(run_dir / "ledger.jsonl"), read_json(run_dir / "claim.json")
     assert len(ledger) == claim["num_releases"] == PLANNED
     assert claim["epsilon"] == compute_epsilon(ledger.counts(), delta=1e-5, relation="replace_one").epsilon <= 5
+
+
+@pytest.mark.parametrize("asked", ["all", "second"])
+def test_ctrl_c_saves_after_the_same_release_on_all_processes(tmp_path, asked):
+    run_dir = tmp_path / "run"
+    fixed = ("--config", TINY, "--run_dir", run_dir, "--trainer.max_steps", PLANNED, "--evaluate", "false")
+    process = start(command(*fixed, "--checkpoint_every", 1000, "--trainer.devices", 2), subprocess.PIPE)
+    try:
+        assert wait_until(lambda: num_lines(run_dir / "ledger.jsonl") >= 21 or process.poll() is not None)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if asked == "all":  # as a terminal does
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(int(child), signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 130, err
+        assert err.count("go on with the same command") == 1
+        assert wait_until(lambda: not is_anyone_left(process), 60), "a process waits for a dead one"
+    finally:
+        end_group(process)
+    spent = num_lines(run_dir / "ledger.jsonl") - 1
+    assert 20 <= spent < PLANNED, "the run was not interrupted in its midst"
+
+    code, out, err = finished(command(*fixed, "--ckpt_path", "last"))
+    assert code == 0, err
+    assert "Still charged" not in out + err, "a release was lost"
+    assert read_json(run_dir / "claim.json")["num_releases"] == PLANNED

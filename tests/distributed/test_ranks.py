@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from callbacks.held_interrupt import HeldInterrupt
 from lightning_dp.errors import PeerError, PrivacyProtocolError
 from lightning_dp.gradients.ranks import ALONE, Ranks, checksum
 from tests.distributed.group import endings, values
@@ -160,3 +161,34 @@ def test_if_the_first_cannot_answer_the_others_hear_why():
     assert isinstance(found[0].value, IndexError)
     assert isinstance(found[1].value, PeerError)
     assert "index out of range" in str(found[1].value)
+
+
+def when_all_stop(asks: int, at: int) -> tuple[int, int]:
+    """Make releases until all must stop; one process was asked to, by a signal, before one of its own."""
+    ranks = my_ranks()
+    held = HeldInterrupt(ranks)
+    held.hold()
+    for number in range(10):
+        if ranks.rank == asks and number == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        with ranks.together(number, "a release"):
+            pass
+        if ranks.must_stop:
+            break
+    before = signal.getsignal(signal.SIGINT)
+    held.let_go()
+    return number, before is signal.default_int_handler
+
+
+def test_whoever_is_asked_to_stop_all_stop_after_the_same_release():
+    # Stopping for one's own wish alone would leave the others waiting. A second Ctrl-C ends the one who was asked.
+    assert values(SIZE, when_all_stop, 1, 3) == [(3, False), (3, True), (3, False)]
+
+
+def test_alone_an_interrupt_is_what_it_was():
+    held = HeldInterrupt(ALONE)
+    held.hold()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    held.let_go()
+    assert not ALONE.must_stop

@@ -156,6 +156,15 @@ def test_the_generator_steps_once_after_each_rung_of_critic_steps(tmp_path, monk
     assert seen == [2, 5]
 
 
+def test_steps_of_the_trainer_are_releases_however_many_optimizers_there_are(tmp_path):
+    """Lightning counts the steps of all optimizers, so plots of a GAN would be stretched and runs end half-way."""
+    own, counted = callbacks_for(Gaussian(max_grad_norm=1.0), **PRIVACY), []
+    module = tiny_dpgan(critic_ladder=(1,))
+    module.on_train_batch_end = lambda *_: counted.append((module.global_step, len(own[1].ledger)))
+    trainer_for(tmp_path, own, 4).fit(module, datamodule=TinyData())
+    assert counted == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
 def test_a_fixed_schedule_moves_the_generator_against_the_critic(tmp_path):
     module = tiny_dpgan()
     fakes, labels = module._fakes(1)

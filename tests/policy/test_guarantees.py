@@ -48,6 +48,14 @@ def test_every_promise_names_a_test_that_exists(document):
     assert missing(text) == []
 
 
+def test_every_answer_to_a_complaint_names_a_test_that_exists():
+    text = (ROOT / "docs/complaints.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \|.*$", text, flags=re.MULTILINE)
+    assert len(rows) == 25
+    assert [row for row in rows if not REFERENCE.search(row)] == []
+    assert missing(text) == []
+
+
 def test_the_table_has_its_place():
     text = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
     assert text.count(START) == text.count(END) == 1
