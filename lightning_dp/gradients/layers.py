@@ -92,7 +92,8 @@ class _MatrixLayer(Layer):
 
     def _of_weights(self, gradient: Tensor, *, as_rows: bool) -> list[tuple[Tensor, Part]]:
         source = made_from(self.weight)
-        if source is None or not (source.weight.requires_grad and source.gain.requires_grad):
+        are_trained = source is not None and source.weight.requires_grad and source.gain.requires_grad
+        if source is None or not are_trained or not Standardisation.takes(source):
             return super()._of_weights(gradient, as_rows=as_rows)
         self._through = Standardisation(source, self.num_records, self._order)
         rows = self._of_weight(gradient, as_rows=as_rows)

@@ -22,6 +22,7 @@ _TRAFFIC: Final = 30
 _BLOCK_ENTRIES: Final = 2**18
 _CACHED_ENTRIES: Final = 2**18
 _EXACT_ENTRIES: Final = 2**17  # of an exact copy: a megabyte, which fits where single-precision maps were freed
+_LONGEST_LINE: Final = 2**16  # entries whose squares are added in one go: their rounding stays small beside one
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Rows(Part):
     Args:
         values: (n, ...).
         order: Of the entries; None where they lie as in the parameter.
-        lengths: Norms along the last axis of `values`, (n, lines), in their precision; None to have them computed.
+        lengths: Norms along the last axis of `values`, (n, lines), at least in single precision; None to have them
+            computed.
     """
 
     def __init__(self, values: Tensor, order: Order | None = None, lengths: Tensor | None = None) -> None:
@@ -107,17 +109,20 @@ class Rows(Part):
 
     @cached_property
     def squared_norms(self) -> Tensor:  # noqa: D102
-        # In the gradients' own precision along the last axis: squares do not cancel, so their rounding has a bound.
-        lengths = torch.linalg.vector_norm(self.lines, dim=-1) if self._lengths is None else self._lengths
+        # In their own precision, or single, along the last axis: squares do not cancel, so their rounding has a bound.
+        lines, lengths = self.lines, self._lengths
+        if lengths is None:
+            parts = [_norms(part) for part in lines.split(_LONGEST_LINE, dim=-1)]
+            lengths = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return lengths.to(torch.float64).square().sum(1)
 
     @property
     def squared_bounds(self) -> Tensor:  # noqa: D102
         lines = self.lines
-        unit = torch.finfo(lines.dtype).eps / 2
+        measured = torch.finfo(_precision(lines))
         # m squares, in any order, are off by a factor of at most 1 + 2 m u; a root and what underflows come on top.
-        relative = 1 + 2 * (lines.shape[-1] + 4) * unit
-        return self.squared_norms * relative + math.prod(lines.shape[1:]) * torch.finfo(lines.dtype).tiny
+        relative = 1 + (min(lines.shape[-1], _LONGEST_LINE) + 4) * measured.eps
+        return self.squared_norms * relative + math.prod(lines.shape[1:]) * measured.tiny
 
     @property
     def squared_masses(self) -> Tensor:  # noqa: D102
@@ -228,6 +233,15 @@ class Product(Part):
         return self._left.nbytes + self._right.nbytes
 
 
+def _precision(values: Tensor) -> torch.dtype:
+    """Return that in which norms are taken: of fewer bits, they would be known to a few percent."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _norms(lines: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(lines, dim=-1, dtype=_precision(lines))
+
+
 def _lengths(factor: Tensor) -> Tensor:
     """Return the norms at each place, (n, T), in double precision, a few records' exact copies at a time."""
     few = max(1, entries_at_once(_EXACT_ENTRIES, factor.device) // max(1, factor[0].numel()))
@@ -257,7 +271,7 @@ def product(
     if measure is None and not as_rows and places * (1 + places * (p + d) / (p * d)) < _TRAFFIC:
         return Product(left, right(slice(0, n)), order)
     rows = left.new_empty(n, p, d)
-    lengths = left.new_empty(n, p) if measure is None else None
+    lengths = left.new_empty(n, p, dtype=_precision(left)) if measure is None and d <= _LONGEST_LINE else None
     cached = entries_at_once(_CACHED_ENTRIES, left.device)
     for some in _few_at_a_time(0, n, cached // (p * d)):
         for few in _few_at_a_time(some.start, some.stop, cached // (places * d)):
@@ -265,7 +279,7 @@ def product(
         if measure is not None:
             measure(rows[some], some)
         elif lengths is not None:
-            torch.linalg.vector_norm(rows[some], dim=2, out=lengths[some])
+            torch.linalg.vector_norm(rows[some], dim=2, dtype=lengths.dtype, out=lengths[some])
     return Rows(rows, order, lengths)
 
 

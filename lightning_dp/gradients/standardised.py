@@ -10,6 +10,7 @@ The first is one linear map for all records. Their weighted sum is taken of G an
 |G|, m a and b:  g^2 / s^2 (|G|^2 - m a^2 - f b^2 (2 - |h|^2) + 2 f a b <h, 1>), for any h, so for the rounded one too.
 """
 
+import math
 from functools import cached_property
 from typing import Final
 
@@ -19,9 +20,22 @@ from torch import Tensor
 from lightning_dp.gradients.parts import Order, Part, Rows
 from lightning_dp.networks.standardised import MIN_SQUARES, StandardisedFrom
 
-# In the gradients' own precision and any order of adding, |G|^2 is off by at most (m + 4) u |G|^2, m a^2 and b^2 by two
-# of them each, |h|^2 by one, and the last term by two, and four more for as far as h is off its centre.
-_ROUNDING: Final = 12
+_MOST_ROUNDING: Final = 0.2
+
+
+def rounding_margin(m: int, unit: float) -> float:
+    """Return how far a squared norm may be off, in terms of |G|^2, as it is computed (docs/decisions.md, 2026-11-29).
+
+    To first order and in any order of adding, |G|^2 is off by (m + 2) u |G|^2, m a^2 by 2 (m - 1), b^2 by 2 m, |h|^2 by
+    m + 2 and the last term by 6 m - 4: 12 m - 2 in all. Double precision adds 48 u of its own at most, and terms of
+    higher order are below what the divisor gives.
+
+    Args:
+        m: Entries of one output's weight.
+        unit: Unit roundoff of the precision in which gradients are measured.
+    """
+    off = (m + 4) * unit
+    return 12 * off / (1 - 4 * off) if off <= _MOST_ROUNDING else math.inf
 
 
 class Standardisation:
@@ -41,6 +55,12 @@ class Standardisation:
         self._is_free = (squares >= MIN_SQUARES).to(torch.float64)
         self.scale = source.gain.detach().flatten().to(torch.float64) * inverse
         self._lengths, self._totals, self.gains = self._unit.new_empty(3, num_records, len(squares))
+
+    @staticmethod
+    def takes(source: StandardisedFrom) -> bool:
+        """Tell whether norms have a bound: not with millions of inputs in single precision."""
+        unit = torch.finfo(source.centred.dtype).eps / 2
+        return math.isfinite(rounding_margin(source.centred[0].numel(), unit))
 
     def measure(self, lines: Tensor, few: slice) -> None:
         """Take the norm, the sum, and the product with h of gradients.
@@ -108,7 +128,7 @@ class StandardisedRows(Part):
 
     @property
     def squared_bounds(self) -> Tensor:  # noqa: D102
-        rounding = _ROUNDING * (self._rows.lines.shape[2] + 4) * self.through.unit_roundoff
+        rounding = rounding_margin(self._rows.lines.shape[2], self.through.unit_roundoff)
         return self.squared_norms + rounding * self.squared_masses / 9
 
     @cached_property

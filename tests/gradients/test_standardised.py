@@ -1,14 +1,18 @@
 """Gradients through standardised weights against automatic differentiation, and the norms that bound them."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dp.gradients import record_gradients
+from lightning_dp.gradients import standardised as standardised_gradients
 from lightning_dp.gradients.parts import Order, Rows
 from lightning_dp.gradients.record_gradients import RecordGradients, overheard_gradients
-from lightning_dp.gradients.standardised import Standardisation, StandardisedRows
+from lightning_dp.gradients.standardised import Standardisation, StandardisedRows, rounding_margin
 from lightning_dp.networks.standardised import made_from, standardised
 from lightning_dp.networks.wide_resnet import StandardisedConv2d
 
@@ -82,6 +86,54 @@ def test_rounding_of_norms_is_counted():
     exact = torch.stack(totals).norm(dim=1)
     assert (part.squared_norms.sqrt() < exact).sum() > 5
     assert (part.squared_bounds.sqrt() >= exact).all()
+
+
+def worst(m: int, u: float) -> Fraction:
+    """Return how far a squared norm may be off in terms of |G|^2: gamma of each sum and product, no order cut off."""
+    unit = Fraction(u)
+
+    def gamma(count: int) -> Fraction:
+        return count * unit / (1 - count * unit)
+
+    squared_h = (1 + 5 * unit) ** 4 / (1 - gamma(m))  # |c|^2 is off by gamma(m), its root and what follows by 5 u
+    of_b = (1 + gamma(m)) ** 2 - 1
+    off = gamma(m + 2)  # |G|^2: squares, a root, and its square
+    off += (1 + gamma(m - 1)) ** 2 - 1  # m a^2
+    off += of_b  # b^2 (2 - |h|^2), in which x |2 - x| <= 1
+    off += (1 + of_b) * squared_h**2 * gamma(m + 2)  # the same, of |h|^2
+    off += 2 * squared_h * ((1 + gamma(m - 1)) ** 2 * (1 + gamma(m)) - 1)  # 2 a b <h, 1>, at worst all along one vector
+    return off + (48 * unit if unit < 2**-50 else 0)  # what double precision adds where it is the precision of G
+
+
+def measured(m: int, u: float) -> Fraction:
+    """Return |G|^2 as it enters the margin, at the least, in terms of what it is."""
+    off = (m + 3) * Fraction(u)
+    return Fraction(91, 90) * (1 - off / (1 - off))
+
+
+@pytest.mark.parametrize("unit", [2.0**-8, 2.0**-24, 2.0**-53])
+def test_the_margin_covers_any_order_of_adding_for_all_shapes(unit):
+    shapes = [1, 2, 9, 27, 50, 144, 576, 2304, 4608, 20_000, 53_000, 150_528, 10**6, 3_355_000]
+    covered = [m for m in shapes if math.isfinite(rounding_margin(m, unit))]
+    assert covered == [m for m in shapes if (m + 4) * unit <= 0.2]
+    for m in covered:
+        assert worst(m, unit) <= Fraction(rounding_margin(m, unit)) * measured(m, unit)
+    assert rounding_margin(2304, 2.0**-24) < 0.00166  # of the squared norm, on WRN-16-4
+
+
+def test_the_first_order_alone_would_not_cover_large_inputs():
+    """The broken twin: 12 (m + 4) u, for a layer that sees an image of 224 x 224 in colour."""
+    m, unit = 150_528, 2.0**-24
+    assert worst(m, unit) > 12 * (m + 4) * Fraction(unit) * measured(m, unit)
+
+
+def test_weights_with_too_many_inputs_are_carried_back(monkeypatch):
+    net, maps = Net(lambda conv, maps: conv(maps)), torch.randn(2, 1, 6, 6)
+    found = [overheard_gradients(net, lambda n, m: n(m).sum(), (maps,), ids=torch.arange(2), as_rows=False)]
+    monkeypatch.setattr(standardised_gradients, "_MOST_ROUNDING", 1e-12)
+    found += [overheard_gradients(net, lambda n, m: n(m).sum(), (maps,), ids=torch.arange(2), as_rows=False)]
+    assert [any(isinstance(part, StandardisedRows) for part in one._parts) for one in found] == [True, False]
+    torch.testing.assert_close(found[0].norms, found[1].norms, rtol=1e-4, atol=0)
 
 
 def test_norms_of_what_the_weight_became_would_not_do():
