@@ -21,8 +21,8 @@ from lightning_dp.mechanisms.rows import entries_at_once
 _TRAFFIC: Final = 30
 _BLOCK_ENTRIES: Final = 2**18
 _CACHED_ENTRIES: Final = 2**18
-_EXACT_ENTRIES: Final = 2**17  # of an exact copy: a megabyte, which fits where single-precision maps were freed
 _LONGEST_LINE: Final = 2**16  # entries whose squares are added in one go: their rounding stays small beside one
+_MEASURED_ENTRIES: Final = 2**17  # a megabyte of exact copies, which fits where maps in single precision were freed
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class Rows(Part):
             total += self.order.restored(summed)
             return
         rows = self._values.flatten(1)
-        width = max(1, entries_at_once(_BLOCK_ENTRIES, rows.device) // max(1, len(rows)))
-        exact = rows.new_empty(min(width, rows.shape[1]) * len(rows), dtype=torch.float64)
+        width = _block_width(rows)
+        exact = rows.new_empty(width * len(rows), dtype=torch.float64)
         for block, share in zip(rows.split(width, dim=1), total.split(width), strict=True):
             few = exact[: block.numel()].view_as(block).copy_(block)
             share.addmv_(few.T, weights)
@@ -217,7 +217,7 @@ class Product(Part):
         left, right = left.flatten(0, 1), right.flatten(0, 1).to(torch.float64)
         weights = weights.repeat_interleave(len(left) // len(weights))[:, None]
         summed = total if self._order is None else torch.zeros_like(total)
-        width = max(1, entries_at_once(_EXACT_ENTRIES, left.device) // max(1, len(left)))
+        width = _block_width(left)
         for few, share in zip(left.split(width, dim=1), summed.view(-1, right.shape[1]).split(width), strict=True):
             share.addmm_(few.to(torch.float64, copy=True).mul_(weights).T, right)
         if self._order is not None:
@@ -242,9 +242,15 @@ def _norms(lines: Tensor) -> Tensor:
     return torch.linalg.vector_norm(lines, dim=-1, dtype=_precision(lines))
 
 
+def _block_width(rows: Tensor) -> int:
+    """Return how many columns of (n, m) to copy exactly at a time: equal blocks, which fit where others were freed."""
+    num_blocks = math.ceil(rows.numel() / entries_at_once(_BLOCK_ENTRIES, rows.device))
+    return max(1, math.ceil(rows.shape[1] / max(1, num_blocks)))
+
+
 def _lengths(factor: Tensor) -> Tensor:
     """Return the norms at each place, (n, T), in double precision, a few records' exact copies at a time."""
-    few = max(1, entries_at_once(_EXACT_ENTRIES, factor.device) // max(1, factor[0].numel()))
+    few = max(1, entries_at_once(_MEASURED_ENTRIES, factor.device) // max(1, factor[0].numel()))
     return torch.cat([torch.linalg.vector_norm(part.to(torch.float64), dim=2) for part in factor.split(few)])
 
 

@@ -416,7 +416,10 @@ def test_a_wide_product_is_summed_in_blocks(places, monkeypatch):
     weights = torch.rand(4, dtype=torch.float64)
     wanted = torch.einsum("n,ntp,ntd->pd", weights, left.double(), right.double()).flatten()
     for entries in (1, 3 * 4 * places, 2**17):  # a column at a time, three, all
-        monkeypatch.setattr(parts, "_EXACT_ENTRIES", entries)
+        monkeypatch.setattr(parts, "_BLOCK_ENTRIES", entries)
         total = torch.ones(60, dtype=torch.float64)
         Product(left, right).add_weighted_sum(weights, total)
         torch.testing.assert_close(total, 1 + wanted)
+        rows = torch.ones(60, dtype=torch.float64)
+        Rows(Product(left, right).rows().float()).add_weighted_sum(weights, rows)
+        torch.testing.assert_close(rows, 1 + wanted, rtol=1e-5, atol=1e-5)
