@@ -12,6 +12,7 @@ from lightning_dp.accounting.claim import ClaimLevel
 from lightning_dp.accounting.events import Sampling
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import ConfigurationError, PrivacyProtocolError
+from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.record_gradients import SummableRows
 from lightning_dp.gradients.teachers import RowChunk
 from lightning_dp.mechanisms.adaptive import AdaptiveGaussian
@@ -19,6 +20,7 @@ from lightning_dp.mechanisms.base import ContributionSpec, ReleasePlan
 from lightning_dp.mechanisms.gaussian import Gaussian
 from lightning_dp.mechanisms.noise import NoiseSource
 from lightning_dp.mechanisms.topagg import TopAgg
+from lightning_dp.modules import release as release_module
 from lightning_dp.modules.dpsgd import DPSGDClassifier
 from lightning_dp.modules.release import ReleaseSession
 from lightning_dp.modules.teacher_gan import TeacherEnsembleGAN
@@ -35,7 +37,7 @@ CLASSES = ContributionSpec.class_wise_teachers(
 FULL = Sampling(scheme="full")
 
 
-def session(spec=RECORDS, relation=ADD, sampling=FULL, mechanism=None, noise=None, ledger_relation=None):
+def session(spec=RECORDS, relation=ADD, sampling=FULL, mechanism=None, noise=None, ledger_relation=None, ranks=ALONE):
     header = {"relation": (ledger_relation or relation).name.lower(), "unit": spec.unit}
     return ReleaseSession(
         mechanism=mechanism or Gaussian(),
@@ -45,6 +47,7 @@ def session(spec=RECORDS, relation=ADD, sampling=FULL, mechanism=None, noise=Non
         noise=noise or NoiseSource(),
         public_seed=0,
         may_release=lambda event, sampling: None,
+        ranks=ranks,
     )
 
 
@@ -296,3 +299,18 @@ def test_rows_that_are_never_formed_are_counted_too():
     for place in (-1, 3):
         with pytest.raises(PrivacyProtocolError, match="within 3"):
             release([Summed(1, place=place)], (3, 5), spec=TABLE)
+
+
+def test_processes_with_two_ciphers_do_not_release_together(monkeypatch):
+    """They would add different noise to one sum, so the subject on which they agree before a release names the cipher."""
+
+    class Listening(Ranks):
+        def together(self, number, subject, seen=0):
+            subjects.append(subject)
+            return super().together(number, subject, seen)
+
+    subjects = []
+    for cipher in ("AES-128", "ChaCha20", "AES-128"):
+        monkeypatch.setattr(release_module, "CIPHER", cipher)
+        release([rows(1, 2)], (1, 5), ranks=Listening())
+    assert subjects[0] == subjects[2] != subjects[1]
