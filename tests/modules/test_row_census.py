@@ -302,7 +302,7 @@ def test_rows_that_are_never_formed_are_counted_too():
 
 
 def test_processes_with_two_ciphers_do_not_release_together(monkeypatch):
-    """They would add different noise to one sum, so the subject on which they agree before a release names the cipher."""
+    """They would add different noise to one sum; what they agree on before a release names the cipher."""
 
     class Listening(Ranks):
         def together(self, number, subject, seen=0):
