@@ -210,11 +210,13 @@ class RecordModule(PoissonModule):
         """Make the gradient of a blank record; see `PrivateModule.rehearse`."""
         super().rehearse()
         network, loss = self.record_loss_of()
-        self._is_rehearsing = True
+        meant, self._is_rehearsing = self._device, True
+        # Lightning says where the module will be before it is there.
+        self._device = next(network.parameters()).device
         try:
             self.source.rehearse(network, loss, self.record_batch(torch.zeros(1, dtype=torch.int64)))
         finally:
-            self._is_rehearsing = False
+            self._device, self._is_rehearsing = meant, False
 
     def train_on_release(self, network: nn.Module) -> None:
         """Make the release of this step, and let the optimizer take it as the gradient of `network`."""

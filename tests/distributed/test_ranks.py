@@ -167,6 +167,7 @@ def when_all_stop(asks: int, at: int) -> tuple[int, int]:
     """Make releases until all must stop; one process was asked to, by a signal, before one of its own."""
     ranks = my_ranks()
     held = HeldInterrupt(ranks)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without one
     held.hold()
     for number in range(10):
         if ranks.rank == asks and number == at:
@@ -186,9 +187,12 @@ def test_whoever_is_asked_to_stop_all_stop_after_the_same_release():
 
 
 def test_alone_an_interrupt_is_what_it_was():
-    held = HeldInterrupt(ALONE)
-    held.hold()
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-    held.let_go()
+    held, before = HeldInterrupt(ALONE), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        held.hold()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        held.let_go()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not ALONE.must_stop
