@@ -30,14 +30,18 @@ def command(*flags: object, launcher: tuple[str, ...] = PYTHON) -> list[str]:
 
 
 def start(arguments: list[str], out: int = subprocess.DEVNULL) -> subprocess.Popen:
-    return subprocess.Popen(
-        arguments,
-        stdout=out,
-        stderr=out,
-        text=True,
-        env=clean_environment(),
-        start_new_session=True,
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without one
+    try:
+        return subprocess.Popen(
+            arguments,
+            stdout=out,
+            stderr=out,
+            text=True,
+            env=clean_environment(),
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def clean_environment() -> dict[str, str]:
