@@ -136,6 +136,8 @@ class PrivateCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # The last state is saved before evaluation begins, which takes longer than a step.
+        if trainer.should_stop:
+            self._let_go()  # no release follows that could carry the word
         must_stop = _ranks(pl_module).must_stop and not trainer.should_stop
         if must_stop or trainer.should_stop or len(self.accountant.ledger) % self.every_n_releases == 0:
             self._save(trainer)

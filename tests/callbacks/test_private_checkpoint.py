@@ -1,11 +1,15 @@
 import io
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from callbacks.private_checkpoint import StreamedCheckpointIO
+from callbacks.private_checkpoint import PrivateCheckpoint, StreamedCheckpointIO
 from lightning_dp.errors import ConfigurationError
+from lightning_dp.gradients.ranks import Ranks
+from tests.conftest import tiny_gan
 
 
 class Code:
@@ -55,3 +59,20 @@ def test_a_checkpoint_runs_no_code_whatever_is_asked(tmp_path):
     torch.save({"a": Code()}, tmp_path / "a.ckpt")
     with pytest.raises(ConfigurationError, match="not readable"):
         StreamedCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+
+
+def test_once_the_last_release_is_made_an_interrupt_is_what_it_was(tmp_path, monkeypatch):
+    """Judging follows, and takes long: no release would carry the word that the run should stop."""
+    monkeypatch.setattr(PrivateCheckpoint, "_save", lambda *_: None)
+    checkpoint = PrivateCheckpoint(path=tmp_path / "last.ckpt", accountant=SimpleNamespace(ledger=[1]))
+    module, before = tiny_gan(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    module.ranks = Ranks(0, 2)
+    try:
+        checkpoint.on_train_start(None, module)
+        found = []
+        for is_last in (False, True):
+            checkpoint.on_train_batch_end(SimpleNamespace(should_stop=is_last), module, None, None, 0)
+            found.append(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == [False, True]
