@@ -243,6 +243,7 @@ class MomentsWarmStart(WarmStart):
             distortion=self.distortion,
             slant=self.slant,
         )
+        _check_goes_on(getattr(module, "generator", None), self._generator)
         self._rounds = MomentsRounds(
             self._generator,
             centre=self.centre,
@@ -268,3 +269,16 @@ class MomentsWarmStart(WarmStart):
             for name, parameter in generator.named_parameters():
                 parameter.copy_(fitted[name])
         return generator.sample(self.samples, seed=seed)
+
+
+def _check_goes_on(theirs: object, fitted: ClassGaussianGenerator) -> None:
+    """Refuse a method's class Gaussians that would read what is released in another way, or not at all."""
+    if not isinstance(theirs, ClassGaussianGenerator):
+        return
+    for name in ("num_coefficients", "window", "num_components", "slant"):
+        own, given = getattr(fitted, name), getattr(theirs, name)
+        if own != given:
+            raise ConfigurationError(
+                f"Expected model.generator.{name}={own}, as the warm start fits it, got {given}: its parameters would "
+                "mean something else. Give both the same; a warm start by moments has one component and no window."
+            )

@@ -216,6 +216,14 @@ def test_a_generator_of_class_gaussians_learns_on_from_the_moments(make, tmp_pat
     assert not torch.equal(module.generator.means, begun[0])
 
 
+@pytest.mark.parametrize("other", [{"slant": 2.0}, {"num_coefficients": 9}, {"num_components": 2}, {"window": 6}])
+def test_class_gaussians_that_mean_something_else_are_refused(other, tmp_path):
+    module, fitted = tiny_gan(), {"num_classes": 2, "num_coefficients": 10, "slant": 4.0}
+    module.generator = ClassGaussianGenerator((1, 8, 8), **{**fitted, **other})
+    with pytest.raises(ConfigurationError, match=f"generator.{next(iter(other))}=.*as the warm start fits it"):
+        fit(tmp_path, module, warm=upright())
+
+
 @pytest.mark.parametrize(
     ("make", "make_warm"),
     [
