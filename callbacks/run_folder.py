@@ -166,8 +166,8 @@ class RunFolder(pl.Callback):
         """Return what a warm start and the method cost as planned, each by itself: composed, less than their sum."""
         accountant, privacy = self.privatizer.accountant, self.privatizer.accountant.privacy
         planned = dict(ledger_plan(accountant.ledger) or {})
-        if self.privatizer.warm_start is None or accountant.claim().epsilon is None or not planned:
-            return {}
+        if self.privatizer.warm_start is None or accountant.claim().epsilon is None or len(planned) < 2:
+            return {}  # releases that are alike are one line of the plan
         first = next(iter(planned))  # nothing comes before a warm start
         parts = {"warm_start": {first: planned.pop(first)}, "method": planned}
         return {

@@ -18,7 +18,7 @@ from lightning_dp.gradients.ranks import ALONE, Ranks
 from lightning_dp.gradients.record_gradients import RecordChunk
 from lightning_dp.mechanisms.base import ContributionSpec
 from lightning_dp.modules.guard import ReleaseGuard
-from lightning_dp.modules.public_facts import PublicFacts
+from lightning_dp.modules.public_facts import PublicFacts, check_sizes
 from lightning_dp.modules.published import ask_before_saving
 from lightning_dp.modules.release import PublicRows, PublicSamples, Released, ReleaseSession
 from lightning_dp.networks.generator import Generator
@@ -67,22 +67,7 @@ class PrivateModule(pl.LightningModule, ABC):
         Raises:
             ConfigurationError: The data do not fit the method.
         """
-        other, flags = [], []
-        for name, part in self.named_children():
-            shape, classes = getattr(part, "image_shape", None), getattr(part, "num_classes", data.num_classes)
-            shape = None if shape is None else tuple(shape)  # a list, where a class of one's own gives no hint
-            if shape is None or (shape, classes) == (data.image_shape, data.num_classes):
-                continue
-            other.append(f"model.{name} is for images {shape} of {classes} classes")
-            if shape != data.image_shape:
-                flags.append(f"--model.{name}.image_shape '{list(data.image_shape)}'")
-            if classes != data.num_classes:
-                flags.append(f"--model.{name}.num_classes {data.num_classes}")
-        if other:
-            raise ConfigurationError(
-                f"{', '.join(other)}, but the data are {data.image_shape} of {data.num_classes}; set {' '.join(flags)}"
-                ", or choose other data."
-            )
+        check_sizes(self.named_children(), data)
         self._facts = data
 
     @property

@@ -1,12 +1,14 @@
 """What a method may know of its data before a record is read."""
 
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
 
 from lightning_dp.errors import ConfigurationError
 
-_NAMES = ("name", "fingerprint", "num_records", "num_classes", "image_shape", "teacher_partition")
 
-
+@runtime_checkable
 class PublicFacts(Protocol):
     """What a data module says of its records before it reads them; configuration, not a release."""
 
@@ -46,9 +48,37 @@ def check_facts(data: Any) -> None:
     Raises:
         ConfigurationError: They lack a public fact.
     """
-    if any(not hasattr(data, name) for name in _NAMES):
+    if not isinstance(data, PublicFacts):
         raise ConfigurationError(
             f"Expected a datamodules.ImageDataModule (ImageFolder and NpzImages read files of your own), got "
             f"{type(data).__name__}. Batches of a loader are not the Poisson samples that a claim is about, so methods "
             "draw records themselves: derive the data from ImageDataModule."
+        )
+
+
+def check_sizes(parts: Iterable[tuple[str, nn.Module]], data: PublicFacts) -> None:
+    """Refuse parts of a model that are for other images or labels than the data have.
+
+    Args:
+        parts: Their names among the model's options, and they themselves.
+        data: The public facts.
+
+    Raises:
+        ConfigurationError: Names them, and the flags that mend it.
+    """
+    other, flags = [], []
+    for name, part in parts:
+        shape, classes = getattr(part, "image_shape", None), getattr(part, "num_classes", data.num_classes)
+        shape = None if shape is None else tuple(shape)  # a list, where a class of one's own gives no hint
+        if shape is None or (shape, classes) == (data.image_shape, data.num_classes):
+            continue
+        other.append(f"model.{name} is for images {shape} of {classes} classes")
+        if shape != data.image_shape:
+            flags.append(f"--model.{name}.image_shape '{list(data.image_shape)}'")
+        if classes != data.num_classes:
+            flags.append(f"--model.{name}.num_classes {data.num_classes}")
+    if other:
+        raise ConfigurationError(
+            f"{', '.join(other)}, but the data are {data.image_shape} of {data.num_classes}; set {' '.join(flags)}"
+            ", or choose other data."
         )
