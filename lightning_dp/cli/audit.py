@@ -124,7 +124,7 @@ def small_run(config: Path, *flags: str, steps: int, whole: bool = False) -> "Ca
         config: Configuration of a whole run.
         flags: Flags over it.
         steps: Releases of a run.
-        whole: Leave the model as large as it is.
+        whole: Leave the model, and what its warm start fits, as large as they are.
 
     Raises:
         ConfigurationError: The configuration cannot be read.
@@ -141,7 +141,7 @@ def small_run(config: Path, *flags: str, steps: int, whole: bool = False) -> "Ca
     # A warm start takes a share of epsilon; else the noise is given, and no budget of the file counts.
     asked = _value_of("--warm_start", flags)
     kind = asked or (given.get("warm_start") or {}).get("class_path")
-    shrunk = () if kind is None else smaller_warm_start(kind)
+    shrunk = () if kind is None or whole else smaller_warm_start(kind)
     fixed = (
         *("--privacy.target_epsilon", "null" if kind is None else "5"),
         *("--privacy.noise_multiplier", "1" if kind is None else "null"),

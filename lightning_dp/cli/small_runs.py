@@ -33,7 +33,6 @@ _MODELS = {
     "DPGAN": (*_RECORDS, "--model.generator.width", "8", "--model.critic.width", "8"),
     "DPSinkhorn": (*_RECORDS, "--model.images_per_step", "5"),
     "SemiDualSinkhorn": (*_RECORDS, "--model.images_per_class", "2"),
-    "MomentsModule": ("--model.generator.num_coefficients", "10"),
     "DPMERF": ("--model.num_frequencies", "20", "--model.train_steps", "2"),
 }
 
@@ -55,6 +54,8 @@ def smaller_model(config: Mapping[str, Any]) -> tuple[str, ...]:
         if "teachers_per_round" in teachers.get("init_args", {}):
             flags = (*flags, "--model.teachers.teachers_per_round", "2")
     flags = (*flags, *_MODELS.get(model["class_path"].rpartition(".")[2], ()))
+    if (options.get("generator") or {}).get("class_path", "").endswith("ClassGaussianGenerator"):
+        flags = (*flags, "--model.generator.num_coefficients", "10")  # as many as a small warm start
     if (options.get("network") or {}).get("class_path") == "WideResNet":
         flags = (*flags, "--model.network.depth", "10", "--model.network.width", "1")
     if options.get("views_per_record", 1) > 1:

@@ -61,6 +61,13 @@ def test_a_method(cli):
     assert "verdict: consistent" in outcome.out
 
 
+@pytest.mark.parametrize(("whole", "coefficients"), [(False, 10), (True, 144)])
+def test_a_generator_and_the_warm_start_that_fits_it_shrink_together(whole, coefficients):
+    config = ROOT / "configs" / "experiment" / "datalens_mnist_warm_moments.yaml"
+    run = small_run(config, steps=2, whole=whole)()
+    assert run.module.generator.num_coefficients == coefficients
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
