@@ -61,8 +61,10 @@ def test_a_method(cli):
     assert "verdict: consistent" in outcome.out
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries, which the command line keeps quiet
 @pytest.mark.parametrize(("whole", "coefficients"), [(False, 10), (True, 144)])
-def test_a_generator_and_the_warm_start_that_fits_it_shrink_together(whole, coefficients):
+def test_a_generator_and_the_warm_start_that_fits_it_shrink_together(whole, coefficients, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lightning-dp"])  # Lightning warns of a second command line
     config = ROOT / "configs" / "experiment" / "datalens_mnist_warm_moments.yaml"
     run = small_run(config, steps=2, whole=whole)()
     assert run.module.generator.num_coefficients == coefficients
